@@ -1,0 +1,1 @@
+"""Programs round the library: the lock, benchmarks, inspection."""
