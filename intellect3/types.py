@@ -1,6 +1,6 @@
 """The records that travel round the ring, and the schema of the RolloutLog.
 
-    Task -> Rollout -> RolloutLog (TrajectoryRecord + Manifest) -> packed Batch -> train step -> weights
+    Task -> Rollout -> RolloutLog (TrajectoryRecord, Manifest) -> Batch -> train step -> weights
 
 Everything here is plain data: standard library, NumPy and msgspec only. Every process of a run
 (trainer, orchestrator, worker, server) may import this module; it imports nothing of ours.
@@ -10,8 +10,8 @@ Conventions that hold everywhere (contract 1 and 2 of the design):
 - A `Trajectory` is one flat branch of tokens. `inference_logprobs[t]` scores `tokens[t]` under the
   policy that sampled it, after temperature. A token that was not sampled (prompt, tool result) has
   logprob 0.0, loss mask False and policy version `NOT_SAMPLED`.
-- Weights v0 are the initial ones; step n starts from v(n-1) and makes v(n). The staleness of a token
-  trained in step n is (n-1) - its version; of a rollout, that of its oldest sampled token.
+- Weights v0 are the initial ones; step n starts from v(n-1) and makes v(n). The staleness of a
+  token trained in step n is (n-1) - its version; of a rollout, that of its oldest sampled token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ LOG_SCHEMA = 1
 """Version of the RolloutLog's record schema, written into every manifest."""
 
 Message = Mapping[str, Any]
-"""One chat message in the OpenAI form: `role`, `content`, optionally `tool_calls`, `tool_call_id`."""
+"""One chat message in the OpenAI form: `role`, `content`, and where used `tool_calls`, `tool_call_id`."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +102,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         )
     unsampled = self.policy_versions == NOT_SAMPLED
     if np.any(self.loss_mask & unsampled) or np.any(self.inference_logprobs[unsampled] != 0.0):
-      raise ValueError("Trajectory: a token that was not sampled must have mask False and logprob 0.0")
+      raise ValueError("Trajectory: a token that was not sampled has mask False and logprob 0.0")
     if not np.all(np.isfinite(self.inference_logprobs)):
       raise ValueError("Trajectory.inference_logprobs: expected finite values, got NaN or inf")
 

@@ -1,0 +1,339 @@
+"""The scheduler: a pure state machine that decides what is attempted, batched, dropped and when.
+
+No clock, no I/O, no task: every method is called by the orchestrator (or by a simulator, or by
+Hypothesis) and returns what should be done. The same calls in the same order give the same result.
+
+    dispatch() -> rollouts to start          finished(summary)    lost(ids, reason)
+    plan_batch() -> BatchPlan | None         weights(version)     commit(plan)
+
+Staleness (contract 2): a token trained in step n has staleness (n-1) - its version. A rollout is
+dispatched only where, first in first out, it would be batched within `max_off_policy_steps`; what
+comes late nevertheless is dropped or masked when its batch is planned.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from intellect3.rollouts import accounting as accounting_lib
+from intellect3.rollouts import difficulty, filters, messages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """What the scheduler is asked to do.
+
+  Attributes:
+    steps: last training step of the run.
+    prompts_per_step: groups with at least one trainable rollout in a batch.
+    rollouts_per_prompt: G.
+    max_off_policy_steps: bound on staleness; 0 is the synchronous loop.
+    max_rollouts_in_flight: rollouts running at once (rounded down to whole groups, at least one).
+    staleness_rule: `drop` the stale rollout, or `mask` its stale tokens.
+    batch_order: `completion` (groups as they finish) or `dispatch` (deterministic mode).
+    temperature: of the training rollouts.
+    seed: run seed; a rollout's seed follows from it, the group and the sample.
+  """
+
+  steps: int
+  prompts_per_step: int
+  rollouts_per_prompt: int
+  max_off_policy_steps: int
+  max_rollouts_in_flight: int
+  staleness_rule: str = "drop"
+  batch_order: str = "completion"
+  temperature: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    for field, low in (
+      ("steps", 1),
+      ("prompts_per_step", 1),
+      ("rollouts_per_prompt", 2),
+      ("max_off_policy_steps", 0),
+      ("max_rollouts_in_flight", 1),
+    ):
+      value = getattr(self, field)
+      if not isinstance(value, int) or value < low:
+        raise ValueError(f"{field}: expected an integer >= {low}, got {value!r}")
+    if self.staleness_rule not in ("drop", "mask"):
+      raise ValueError(f"staleness_rule: expected 'drop' or 'mask', got {self.staleness_rule!r}")
+    if self.batch_order not in ("completion", "dispatch"):
+      raise ValueError(
+        f"batch_order: expected 'completion' or 'dispatch', got {self.batch_order!r}"
+      )
+    if self.temperature <= 0:
+      raise ValueError(f"temperature: expected > 0 for training, got {self.temperature}")
+    if self.max_rollouts_in_flight < self.rollouts_per_prompt:
+      raise ValueError(
+        f"max_rollouts_in_flight: expected at least one group of {self.rollouts_per_prompt}, "
+        f"got {self.max_rollouts_in_flight}"
+      )
+
+
+@dataclasses.dataclass
+class _Group:
+  group_id: int
+  environment: str
+  index: int
+  running: set[int]
+  summaries: dict[int, messages.RolloutSummary] = dataclasses.field(default_factory=dict)
+  result: filters.GroupResult | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+  """A batch to be written: which rollouts with which advantage, of which groups."""
+
+  step: int
+  oldest_version: int
+  advantages: Mapping[int, float]
+  group_ids: Sequence[int]
+  summaries: Sequence[messages.RolloutSummary]
+
+
+class Scheduler:
+  """See the module's docstring."""
+
+  def __init__(
+    self,
+    settings: Settings,
+    sampler: difficulty.TaskSampler,
+    group_filters: filters.Filters,
+    advantage_fn: filters.AdvantageFn,
+  ) -> None:
+    self._settings = settings
+    self._sampler = sampler
+    self._filters = group_filters
+    self._advantage_fn = advantage_fn
+    self.accounting = accounting_lib.Accounting()
+    self.next_step = 1
+    self.version = -1
+    self._next_group = 0
+    self._groups: dict[int, _Group] = {}  # in dispatch order
+    self._completed: list[int] = []  # complete groups with something to train, as they completed
+    self._pool_updates: list[tuple[int, str, int, float]] = []
+    self._forget: list[int] = []
+    self._ended_lengths: list[tuple[int, str]] = []
+
+  # What should be started.
+
+  def dispatch(self) -> list[messages.Dispatch]:
+    """The rollouts to start now, whole groups at a time."""
+    started = []
+    while self._may_dispatch():
+      started.extend(self._new_group())
+    return started
+
+  def _may_dispatch(self) -> bool:
+    settings = self._settings
+    if self.version < 0:
+      return False
+    running = sum(len(group.running) for group in self._groups.values())
+    if running + settings.rollouts_per_prompt > settings.max_rollouts_in_flight:
+      return False
+    # The step in which, first in first out, a group dispatched now would be batched.
+    step = self.next_step + len(self._groups) // settings.prompts_per_step
+    return step <= settings.steps and step - 1 - self.version <= settings.max_off_policy_steps
+
+  def _new_group(self) -> list[messages.Dispatch]:
+    group_id = self._next_group
+    environment, index = self._sampler.draw(group_id)
+    self._next_group += 1
+    size = self._settings.rollouts_per_prompt
+    ids = range(group_id * size, (group_id + 1) * size)
+    self._groups[group_id] = _Group(group_id, environment, index, set(ids))
+    for rollout_id in ids:
+      self.accounting.dispatch(rollout_id)
+    return [
+      messages.Dispatch(
+        rollout_id=rollout_id,
+        group_id=group_id,
+        sample=sample,
+        environment=environment,
+        split="train",
+        index=index,
+        seed=rollout_seed(self._settings.seed, environment, index, group_id, sample),
+        temperature=self._settings.temperature,
+      )
+      for sample, rollout_id in enumerate(ids)
+    ]
+
+  # What came back.
+
+  def finished(self, summary: messages.RolloutSummary) -> None:
+    """Takes a rollout's result; one that is not in flight any more (cancelled) is ignored."""
+    group = self._groups.get(summary.rollout_id // self._settings.rollouts_per_prompt)
+    if group is None or summary.rollout_id not in group.running:
+      return
+    group.running.remove(summary.rollout_id)
+    if summary.error is not None or summary.reward is None:
+      self._end(summary.rollout_id, "errored", summary.error or "no reward")
+    else:
+      group.summaries[summary.rollout_id] = summary
+    self._maybe_complete(group)
+
+  def lost(self, rollout_ids: Sequence[int], reason: str) -> None:
+    """Rollouts whose worker or server is gone, running or finished: errored."""
+    size = self._settings.rollouts_per_prompt
+    for rollout_id in rollout_ids:
+      group = self._groups.get(rollout_id // size)
+      if group is None or not self.accounting.is_open(rollout_id):
+        continue
+      group.running.discard(rollout_id)
+      group.summaries.pop(rollout_id, None)
+      self._end(rollout_id, "errored", reason)
+      if group.group_id in self._completed:  # scored before the loss: score what is left again
+        self._completed.remove(group.group_id)
+        self._pool_updates = [u for u in self._pool_updates if u[0] != group.group_id]
+      group.result = None
+      self._maybe_complete(group)
+
+  def weights(self, version: int) -> None:
+    """The servers now have this version. Versions never go back."""
+    if version < self.version:
+      raise ValueError(f"version: expected at least {self.version}, got {version}")
+    self.version = version
+
+  def _maybe_complete(self, group: _Group) -> None:
+    if group.running:
+      return
+    summaries = [group.summaries[key] for key in sorted(group.summaries)]
+    group.result = filters.evaluate_group(summaries, self._filters, self._advantage_fn)
+    if group.result.mean_reward is not None:
+      self._pool_updates.append(
+        (group.group_id, group.environment, group.index, group.result.mean_reward)
+      )
+    for rollout_id, reason in group.result.filtered.items():
+      if self.accounting.is_open(rollout_id):
+        self._end(rollout_id, "filtered", reason)
+    if group.result.advantages:
+      self._completed.append(group.group_id)
+    else:
+      del self._groups[group.group_id]
+
+  # What is trained.
+
+  def plan_batch(self) -> BatchPlan | None:
+    """The next step's batch, or None while too few groups are complete.
+
+    Planning ends rollouts that are stale for the next step (they are stale for every later one).
+    """
+    if self.next_step > self._settings.steps:
+      return None
+    oldest = self.next_step - 1 - self._settings.max_off_policy_steps
+    self._drop_stale(oldest)
+    chosen = self._batchable()[: self._settings.prompts_per_step]
+    if len(chosen) < self._settings.prompts_per_step:
+      return None
+    advantages: dict[int, float] = {}
+    summaries = []
+    for group_id in chosen:
+      group = self._groups[group_id]
+      assert group.result is not None
+      for rollout_id in sorted(group.result.advantages):
+        if rollout_id in group.summaries:
+          advantages[rollout_id] = group.result.advantages[rollout_id]
+          summaries.append(group.summaries[rollout_id])
+    return BatchPlan(self.next_step, oldest, advantages, tuple(chosen), tuple(summaries))
+
+  def _batchable(self) -> list[int]:
+    if self._settings.batch_order == "completion":
+      return list(self._completed)
+    ready = []
+    for group_id, group in self._groups.items():  # dispatch order; wait for the oldest
+      if group.running:
+        break
+      ready.append(group_id)
+    return ready
+
+  def _drop_stale(self, oldest: int) -> None:
+    for group_id in list(self._completed):
+      group = self._groups[group_id]
+      assert group.result is not None
+      for rollout_id in sorted(group.result.advantages):
+        summary = group.summaries.get(rollout_id)
+        if summary is None:
+          continue
+        late = (
+          summary.oldest_version
+          if self._settings.staleness_rule == "drop"
+          else summary.newest_version  # with `mask` a rollout is useless once every token is stale
+        )
+        if late < oldest:
+          self._end(rollout_id, "stale", self._settings.staleness_rule)
+          del group.summaries[rollout_id]
+      if not any(rollout_id in group.summaries for rollout_id in group.result.advantages):
+        self._completed.remove(group_id)
+        del self._groups[group_id]
+
+  def commit(self, plan: BatchPlan) -> None:
+    """The batch is on disk: its rollouts are trained, its groups are done, the pools move."""
+    if plan.step != self.next_step:
+      raise ValueError(f"plan.step: expected {self.next_step}, got {plan.step}")
+    for rollout_id in plan.advantages:
+      self._end(rollout_id, "trained")
+    for group_id in plan.group_ids:
+      self._completed.remove(group_id)
+      del self._groups[group_id]
+    # In dispatch order, and only here: the next tasks do not depend on who finished first.
+    for _, environment, index, mean_reward in sorted(self._pool_updates):
+      self._sampler.update(environment, index, mean_reward)
+    self._pool_updates.clear()
+    self.next_step += 1
+
+  def cancel_all(self, reason: str) -> list[int]:
+    """Ends everything in flight as cancelled; returns the ids to be stopped."""
+    ids = list(self.accounting.open_rollouts())
+    for rollout_id in ids:
+      self._end(rollout_id, "cancelled", reason)
+    self._groups.clear()
+    self._completed.clear()
+    return ids
+
+  # What is told.
+
+  def take_forgotten(self) -> list[int]:
+    """Finished rollouts that will never be batched, since the last call."""
+    forgotten, self._forget = self._forget, []
+    return forgotten
+
+  def take_ended_lengths(self) -> list[tuple[int, str]]:
+    """(sampled tokens, outcome) of the rollouts that were trained or stale since the last call."""
+    ended, self._ended_lengths = self._ended_lengths, []
+    return ended
+
+  def pool_counts(self) -> dict[str, int]:
+    """Tasks in the easy and hard pools."""
+    return self._sampler.counts()
+
+  def state(self) -> dict[str, Any]:
+    """JSON-able state after a commit: what a restart needs."""
+    return {
+      "next_step": self.next_step,
+      "next_group": self._next_group,
+      "accounting": self.accounting.state(),
+      "sampler": self._sampler.state(),
+    }
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Goes on after the commit that wrote `state`; what was in flight then is cancelled."""
+    self.next_step = state["next_step"]
+    self._next_group = state["next_group"]
+    self.accounting = accounting_lib.Accounting.restore(state["accounting"])
+    self._sampler.restore(state["sampler"])
+
+  def _end(self, rollout_id: int, outcome: str, reason: str = "") -> None:
+    self.accounting.end(rollout_id, outcome, reason)
+    if outcome in ("filtered", "stale"):
+      self._forget.append(rollout_id)
+    if outcome in ("trained", "stale"):
+      group = self._groups[rollout_id // self._settings.rollouts_per_prompt]
+      self._ended_lengths.append((group.summaries[rollout_id].sampled_tokens, outcome))
+
+
+def rollout_seed(run_seed: int, environment: str, index: int, group_id: int, sample: int) -> int:
+  """A 63-bit seed from (run seed, task, group, sample); stable over processes and versions."""
+  text = f"{run_seed}/{environment}/{index}/{group_id}/{sample}"
+  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
