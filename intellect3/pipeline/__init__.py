@@ -1,0 +1,1 @@
+"""The way from the RolloutLog (or demonstrations) to packed batches on the devices."""

@@ -1,0 +1,195 @@
+"""Packing: trajectories of many lengths into `[rows, length]` arrays.
+
+Between the RolloutLog and the train step. A trajectory is never split over rows, padding has
+segment id 0, and the plan follows from the lengths alone, so that every host of a cluster computes
+the same plan from the manifest and then reads only the records of its own rows.
+"""
+
+import bisect
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from intellect3.types import NOT_SAMPLED, TrajectoryRecord
+
+Plan = tuple[tuple[int, ...], ...]
+"""For each row the numbers of the trajectories in it, in the order in which they stand there."""
+
+
+class Batch(NamedTuple):
+  """One step's packed batch; a pytree of arrays, NumPy on the host and jax.Array once placed.
+
+  Attributes:
+    tokens: int32[rows, length].
+    loss_mask: bool[rows, length], the tokens trained on.
+    inference_logprobs: float32[rows, length], of the policy that sampled; 0.0 where not sampled.
+    advantages: float32[rows, length], the trajectory's advantage on its loss-masked tokens, else 0.
+    temperature: float32[rows, length], of sampling; 1.0 in padding.
+    policy_versions: int32[rows, length]; `NOT_SAMPLED` where not sampled.
+    segment_ids: int32[rows, length]; 1, 2, ... within a row, 0 in padding.
+    positions: int32[rows, length], from 0 within each segment.
+    step: int32[], the training step (1-based).
+    loss_tokens: int32[], loss-masked tokens of the whole batch over all hosts: the denominator.
+  """
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  inference_logprobs: np.ndarray
+  advantages: np.ndarray
+  temperature: np.ndarray
+  policy_versions: np.ndarray
+  segment_ids: np.ndarray
+  positions: np.ndarray
+  step: np.ndarray
+  loss_tokens: np.ndarray
+
+
+def plan_rows(lengths: Sequence[int], row_length: int) -> Plan:
+  """Best-fit decreasing bin packing: longest first, each into the fullest row that still holds it.
+
+  At most 11/9 of the optimal number of rows (+1); ties go to the lower number and the older row, so
+  the plan is a function of its arguments. O(n log n) comparisons.
+
+  Args:
+    lengths: tokens of each trajectory.
+    row_length: tokens that a row holds.
+
+  Returns:
+    One tuple of trajectory numbers per row; every number occurs once.
+
+  Raises:
+    ValueError: a trajectory is longer than a row, or empty.
+  """
+  for number, length in enumerate(lengths):
+    if not 1 <= length <= row_length:
+      raise ValueError(
+        f"plan_rows: trajectory {number}: expected 1 to row_length = {row_length} tokens, "
+        f"got {length}"
+      )
+  rows: list[list[int]] = []
+  free: list[tuple[int, int]] = []  # (free tokens, row), sorted
+  for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+    length = lengths[number]
+    place = bisect.bisect_left(free, (length, -1))
+    if place == len(free):
+      rows.append([])
+      room, row = row_length, len(rows) - 1
+    else:
+      room, row = free.pop(place)
+    rows[row].append(number)
+    bisect.insort(free, (room - length, row))
+  return tuple(tuple(row) for row in rows)
+
+
+def choose_row_count(needed: int, *, micro_rows: int, row_counts: Sequence[int] | None) -> int:
+  """The number of rows that a batch is padded to, from a small set, so that nothing recompiles.
+
+  Args:
+    needed: rows of the plan.
+    micro_rows: rows of a micro-batch; the result is a multiple of it.
+    row_counts: the counts allowed; None allows `micro_rows` times the powers of two.
+
+  Returns:
+    The smallest allowed count that is at least `needed`.
+
+  Raises:
+    ValueError: a count is no multiple of `micro_rows`, or none is large enough.
+  """
+  if micro_rows < 1:
+    raise ValueError(f"micro_rows: expected at least 1, got {micro_rows}")
+  if row_counts is None:
+    count = micro_rows
+    while count < needed:
+      count *= 2
+    return count
+  for count in row_counts:
+    if count < 1 or count % micro_rows:
+      raise ValueError(f"row_counts: expected multiples of micro_rows = {micro_rows}, got {count}")
+  enough = [count for count in row_counts if count >= needed]
+  if not enough:
+    raise ValueError(
+      f"row_counts: expected a count of at least {needed} rows, got {tuple(row_counts)}"
+    )
+  return min(enough)
+
+
+def pack(
+  records: Mapping[int, TrajectoryRecord],
+  plan: Plan,
+  *,
+  row_length: int,
+  row_count: int,
+  step: int,
+  loss_tokens: int,
+) -> Batch:
+  """Lays records out as the plan says.
+
+  Args:
+    records: by trajectory number; every number of `plan` must be there.
+    plan: the rows to fill (on a cluster: this host's rows).
+    row_length: tokens of a row.
+    row_count: rows of the result; rows beyond the plan are padding.
+    step: the training step.
+    loss_tokens: the global denominator.
+
+  Returns:
+    The batch, NumPy arrays of shape [row_count, row_length].
+
+  Raises:
+    ValueError: a record breaks contract 1, or its first token is trained on (nothing predicts it).
+  """
+  if len(plan) > row_count:
+    raise ValueError(f"row_count: expected at least the plan's {len(plan)} rows, got {row_count}")
+  batch = empty_batch(row_count, row_length, step=step, loss_tokens=loss_tokens)
+  for row, numbers in enumerate(plan):
+    start = 0
+    for segment, number in enumerate(numbers, start=1):
+      record = records[number]
+      _check(record)
+      trajectory = record.trajectory
+      end = start + len(trajectory.tokens)
+      if end > row_length:
+        raise ValueError(f"plan: row {row} holds more than row_length = {row_length} tokens")
+      span = (row, slice(start, end))
+      batch.tokens[span] = trajectory.tokens
+      batch.loss_mask[span] = trajectory.loss_mask
+      batch.inference_logprobs[span] = trajectory.inference_logprobs
+      batch.advantages[span] = np.where(trajectory.loss_mask, record.advantage, 0.0)
+      batch.temperature[span] = trajectory.temperature
+      batch.policy_versions[span] = trajectory.policy_versions
+      batch.segment_ids[span] = segment
+      batch.positions[span] = np.arange(end - start)
+      start = end
+  return batch
+
+
+def empty_batch(row_count: int, row_length: int, *, step: int, loss_tokens: int) -> Batch:
+  """A batch of nothing but padding."""
+  shape = (row_count, row_length)
+  return Batch(
+    tokens=np.zeros(shape, np.int32),
+    loss_mask=np.zeros(shape, np.bool_),
+    inference_logprobs=np.zeros(shape, np.float32),
+    advantages=np.zeros(shape, np.float32),
+    temperature=np.ones(shape, np.float32),
+    policy_versions=np.full(shape, NOT_SAMPLED, np.int32),
+    segment_ids=np.zeros(shape, np.int32),
+    positions=np.zeros(shape, np.int32),
+    step=np.asarray(step, np.int32),
+    loss_tokens=np.asarray(loss_tokens, np.int32),
+  )
+
+
+def _check(record: TrajectoryRecord) -> None:
+  trajectory = record.trajectory
+  try:
+    trajectory.check()
+    if trajectory.loss_mask[:1].any():
+      raise ValueError("Trajectory.loss_mask: expected False on the first token, got True")
+    if not (trajectory.temperature >= 0.0 and np.isfinite(trajectory.temperature)):
+      raise ValueError(f"Trajectory.temperature: expected >= 0, got {trajectory.temperature}")
+    if not np.isfinite(record.advantage):
+      raise ValueError(f"TrajectoryRecord.advantage: expected a number, got {record.advantage}")
+  except ValueError as error:
+    raise ValueError(f"rollout {record.rollout_id} branch {record.branch}: {error}") from error

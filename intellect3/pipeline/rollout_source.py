@@ -1,0 +1,152 @@
+"""The RolloutLog as packed batches: element n is the whole batch of step n.
+
+Packing happens inside an element, so batches never cross steps, and it follows from the manifest's
+lengths alone, so on a cluster every host plans the same rows and opens only the records of its own.
+How one waits for a manifest is passed in: by polling files, or by a message that it is there.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from intellect3 import types
+from intellect3.pipeline import iteration, packing, shards
+
+Wait = Callable[[int, iteration.Stop], types.Manifest | None]
+"""Waits for the manifest of a step; None when stopped before it came."""
+
+
+def poll_manifests(
+  log_dir: str | os.PathLike[str],
+  *,
+  interval_seconds: float = 0.05,
+  notify: threading.Event | None = None,
+) -> Wait:
+  """Waits by looking at the file system.
+
+  Args:
+    log_dir: the RolloutLog.
+    interval_seconds: between two looks.
+    notify: an event that somebody sets when a manifest is there; the next look is then at once.
+  """
+
+  def wait(step: int, stop: iteration.Stop) -> types.Manifest | None:
+    while not stop.is_set():
+      if notify is not None:
+        notify.clear()  # before the look: a message that comes during it counts for the next one
+      manifest = shards.read_manifest(log_dir, step)
+      if manifest is not None:
+        return manifest
+      (notify or stop).wait(interval_seconds)
+    return None
+
+  return wait
+
+
+def load_batch(
+  log_dir: str | os.PathLike[str],
+  manifest: types.Manifest,
+  *,
+  row_length: int,
+  micro_rows: int,
+  row_counts: Sequence[int] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> packing.Batch:
+  """Reads, checks and packs one committed step.
+
+  Args:
+    log_dir: the RolloutLog.
+    manifest: the step's.
+    row_length: tokens of a row.
+    micro_rows: rows of a micro-batch.
+    row_counts: allowed numbers of rows over all hosts; see `packing.choose_row_count`.
+    process_index: this host's number.
+    process_count: hosts; each holds an equal block of the rows.
+
+  Returns:
+    The batch, NumPy [rows / process_count, row_length].
+
+  Raises:
+    ValueError: shards and manifest differ, a trajectory does not fit, or rows do not divide.
+  """
+  lengths = [length for entry in manifest.shards for length in entry.lengths]
+  plan = packing.plan_rows(lengths, row_length)
+  rows = packing.choose_row_count(len(plan), micro_rows=micro_rows, row_counts=row_counts)
+  if rows % process_count:
+    raise ValueError(f"row_counts: expected multiples of {process_count} processes, got {rows}")
+  share = rows // process_count
+  own = plan[process_index * share : (process_index + 1) * share]
+  records = shards.read_records(
+    log_dir,
+    manifest,
+    [number for row in own for number in row],
+    process_index=process_index,
+    process_count=process_count,
+  )
+  return packing.pack(
+    records,
+    own,
+    row_length=row_length,
+    row_count=share,
+    step=manifest.step,
+    loss_tokens=manifest.loss_tokens,
+  )
+
+
+def batches(
+  log_dir: str | os.PathLike[str],
+  *,
+  first_step: int,
+  last_step: int | None,
+  row_length: int,
+  micro_rows: int,
+  row_counts: Sequence[int] | None = None,
+  stop: threading.Event,
+  notify: threading.Event | None = None,
+  wait: Wait | None = None,
+  prefetch: int = 1,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> iteration.BatchIterator:
+  """The batches of steps `first_step` to `last_step` as a Grain iterator.
+
+  Args:
+    log_dir: the RolloutLog.
+    first_step: where a fresh run begins; a restored state overrules it.
+    last_step: the last one; None goes on until stopped.
+    row_length: tokens of a row.
+    micro_rows: rows of a micro-batch.
+    row_counts: allowed numbers of rows.
+    stop: ends the iteration, also while it waits.
+    notify: see `poll_manifests`; only without `wait`.
+    wait: how to wait for a manifest; by default `poll_manifests`.
+    prefetch: batches made ahead in a thread; 0 makes them when asked.
+    process_index: this host's number.
+    process_count: number of hosts.
+
+  Returns:
+    An iterator of `packing.Batch` whose state is `{"next_step": n}`; close it.
+  """
+  if wait is not None and notify is not None:
+    raise ValueError("notify: expected None where wait is given, got both")
+  waiting = wait or poll_manifests(log_dir, notify=notify)
+
+  def make(step: int, stop: iteration.Stop) -> packing.Batch | None:
+    manifest = waiting(step, stop)
+    if manifest is None:
+      return None
+    shards.check_manifest(manifest, step)
+    return load_batch(
+      log_dir,
+      manifest,
+      row_length=row_length,
+      micro_rows=micro_rows,
+      row_counts=row_counts,
+      process_index=process_index,
+      process_count=process_count,
+    )
+
+  return iteration.BatchIterator(
+    make, first_step=first_step, last_step=last_step, stop=stop, prefetch=prefetch
+  )
