@@ -29,7 +29,7 @@ LOG_SCHEMA = 1
 """Version of the RolloutLog's record schema, written into every manifest."""
 
 Message = Mapping[str, Any]
-"""One chat message in the OpenAI form: `role`, `content`, and where used `tool_calls`, `tool_call_id`."""
+"""One chat message in the OpenAI form: `role`, `content`, also `tool_calls`, `tool_call_id`."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,7 +49,7 @@ class BatchItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WriteBatch(msgspec.Struct, frozen=True, kw_only=True, tag="write_batch"):
-  """Write your rollouts of a step's batch, then forget them.
+  """Write your rollouts of a step's batch; keep them until told to forget them.
 
   Tokens of versions below `oldest_version` lose their loss mask (staleness rule `mask`).
   """

@@ -1,0 +1,386 @@
+"""The orchestrator: the asyncio shell round the scheduler. It carries metadata only.
+
+It hears of finished rollouts from workers and of new weights from the trainer, asks the scheduler
+what follows, and does that: dispatches, forgets, writes batches, syncs weights. Time comes from the
+event loop, everything outside through `Ports`, so the same code runs under a virtual clock.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from intellect3 import types
+from intellect3.rollouts import messages, reports
+from intellect3.rollouts.scheduler import BatchPlan, Scheduler, rollout_seed
+
+logger = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+  """A connected worker, as the orchestrator sees it."""
+
+  name: str
+
+  def post(self, message: messages.ToWorker) -> None:
+    """Sends without waiting."""
+
+
+class RunFailed(RuntimeError):
+  """The run cannot go on; the message says why."""
+
+
+class SyncResult(Protocol):
+  """The part of `inference.weight_sync.SyncReport` that the orchestrator reads."""
+
+  @property
+  def healthy(self) -> Sequence[str]: ...
+
+  @property
+  def fenced(self) -> Mapping[str, str]: ...
+
+  @property
+  def seconds(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ports:
+  """Everything outside the orchestrator's own memory.
+
+  Attributes:
+    next_version: waits until a version newer than its argument is published; returns the newest.
+    sync: brings that version to the servers and checks it (contract 8).
+    commit: makes a manifest visible.
+    batch_committed: tells whoever waits that this step's batch is there.
+    report: takes a metrics row of a step.
+    report_evaluation: takes the scores of an evaluation of a version.
+    status: takes the phase the run is in, for people.
+  """
+
+  next_version: Callable[[int], Awaitable[int]]
+  sync: Callable[[int], Awaitable[SyncResult]]
+  commit: Callable[[types.Manifest], Awaitable[None]]
+  batch_committed: Callable[[int], None]
+  report: Callable[[int, Mapping[str, float]], None]
+  report_evaluation: Callable[[int, Mapping[str, float]], None]
+  status: Callable[[str, Mapping[str, Any]], None]
+
+
+class Orchestrator:
+  """See the module's docstring.
+
+  Args:
+    make_scheduler: builds the scheduler from the environments' training sizes.
+    ports: the outside.
+    num_workers: how many workers must have said hello before anything starts.
+    steps: last training step.
+    seed: run seed.
+    evaluation_tasks: held-out tasks per environment evaluated greedily at the first and last
+      version; 0 for none.
+    scheduler_state: of the last manifest, on a resume.
+  """
+
+  def __init__(
+    self,
+    *,
+    make_scheduler: Callable[[Mapping[str, int]], Scheduler],
+    ports: Ports,
+    num_workers: int,
+    steps: int,
+    seed: int,
+    evaluation_tasks: int = 0,
+    scheduler_state: Mapping[str, Any] | None = None,
+  ) -> None:
+    self._make_scheduler = make_scheduler
+    self._ports = ports
+    self._num_workers = num_workers
+    self._steps = steps
+    self._seed = seed
+    self._evaluation_tasks = evaluation_tasks
+    self._scheduler_state = scheduler_state
+    self._scheduler: Scheduler | None = None
+    self._sizes: Mapping[str, int] = {}
+    self._links: dict[str, Link] = {}
+    self._owner: dict[int, str] = {}  # rollout -> worker, until it is forgotten
+    self._load: dict[str, int] = {}
+    self._servers: Sequence[str] = ()
+    self._fenced: dict[str, int] = {}
+    self._unbatched: dict[int, messages.RolloutSummary] = {}
+    self._evaluation: dict[int, asyncio.Future[messages.RolloutSummary]] = {}
+    self._commit_task: asyncio.Task[None] | None = None
+    self._written: dict[str, asyncio.Future[types.ShardEntry]] = {}
+    self._syncing = False
+    self._collecting = False
+    self._window = reports.Window()
+    self._done: asyncio.Future[None] | None = None
+    self._workers_ready = asyncio.Event()
+
+  # Messages in. Each returns at once; whatever follows is done by `_pump`.
+
+  def connected(self, link: Link, hello: messages.Hello) -> None:
+    """A worker has said hello."""
+    if self._sizes and dict(hello.sizes) != dict(self._sizes):
+      self._fail(f"worker {hello.worker}: its environments {hello.sizes} differ from {self._sizes}")
+      return
+    self._sizes = hello.sizes
+    self._links[link.name] = link
+    self._load[link.name] = 0
+    if self._servers and self._scheduler is not None:
+      link.post(messages.Servers(urls=self._servers, version=self._scheduler.version))
+    if len(self._links) >= self._num_workers:
+      self._workers_ready.set()
+    self._pump()
+
+  def disconnected(self, name: str) -> None:
+    """A worker is gone: what it ran or held has failed (contract 4)."""
+    if self._links.pop(name, None) is None:
+      return
+    lost = [rollout_id for rollout_id, owner in self._owner.items() if owner == name]
+    logger.warning("worker %s is gone with %d rollouts", name, len(lost))
+    for rollout_id in lost:
+      self._release(rollout_id)
+      if rollout_id in self._evaluation:
+        self._evaluation.pop(rollout_id).set_exception(RunFailed(f"worker {name} is gone"))
+    if name in self._written and not self._written[name].done():
+      self._written[name].set_exception(RunFailed(f"worker {name} is gone"))
+    if self._scheduler is not None:
+      self._scheduler.lost(lost, "worker lost")
+    self._pump()
+
+  def received(self, name: str, message: messages.FromWorker) -> None:
+    """A message from a connected worker."""
+    match message:
+      case messages.RolloutSummary():
+        self._finished(message)
+      case messages.BatchWritten(worker=worker, shard=shard):
+        if worker in self._written and not self._written[worker].done():
+          self._written[worker].set_result(shard)
+      case messages.WorkerFailed(worker=worker, reason=reason):
+        self._fail(f"worker {worker}: {reason}")
+      case _:
+        self._fail(f"worker {name}: unexpected message {type(message).__name__}")
+    self._pump()
+
+  def _finished(self, summary: messages.RolloutSummary) -> None:
+    owner = self._owner.get(summary.rollout_id)
+    if owner is None:
+      return  # cancelled meanwhile
+    self._load[owner] -= 1
+    if summary.purpose == "eval":
+      self._owner.pop(summary.rollout_id)
+      self._evaluation.pop(summary.rollout_id).set_result(summary)
+      return
+    poisoned = [
+      url for url in summary.servers if summary.newest_version >= self._fenced.get(url, 1 << 60)
+    ]
+    if poisoned:
+      summary = msgspec.structs.replace(summary, error=f"server fenced: {poisoned[0]}", reward=None)
+    assert self._scheduler is not None
+    self._window.add_finished(summary)
+    if summary.error is None:
+      self._unbatched[summary.rollout_id] = summary
+    else:
+      self._owner.pop(summary.rollout_id)
+    self._scheduler.finished(summary)
+
+  # The run.
+
+  async def run(self) -> None:
+    """Runs until the last step is trained and evaluated; raises RunFailed with the reason."""
+    self._done = asyncio.get_running_loop().create_future()
+    self._ports.status("waiting for workers", {})
+    main = asyncio.ensure_future(self._main())
+    try:
+      await asyncio.wait([main, self._done], return_when=asyncio.FIRST_COMPLETED)
+      if self._done.done():
+        self._done.result()
+      await main
+    finally:
+      for task in (main, self._commit_task):
+        if task is not None:
+          task.cancel()
+          await asyncio.gather(task, return_exceptions=True)
+      for link in self._links.values():
+        link.post(messages.Shutdown())
+
+  async def _main(self) -> None:
+    await self._workers_ready.wait()
+    train_sizes = {
+      key.removesuffix("/train"): size
+      for key, size in self._sizes.items()
+      if key.endswith("/train")
+    }
+    self._scheduler = scheduler = self._make_scheduler(train_sizes)
+    if self._scheduler_state is not None:
+      scheduler.restore(self._scheduler_state)
+    self._ports.status("loading weights into the servers", {})
+    await self._sync(-1)
+    if self._evaluation_tasks and scheduler.version == 0:
+      await self._evaluate()
+    self._collecting = True
+    self._window.start(asyncio.get_running_loop().time())
+    self._ports.status("training", {})
+    self._pump()
+    while scheduler.version < self._steps:
+      await self._sync(scheduler.version)
+      self._pump()
+    self._collecting = False
+    self._cancel_all("run complete")
+    if self._evaluation_tasks:
+      await self._evaluate()
+    self._ports.status("done", scheduler.accounting.counts())
+
+  async def _sync(self, version: int) -> None:
+    assert self._scheduler is not None
+    version = await self._ports.next_version(version)
+    self._syncing = True  # no batch is planned on tokens whose weights are not yet checked
+    try:
+      report = await self._ports.sync(version)
+    finally:
+      self._syncing = False
+    self._window.add_sync(report.seconds)
+    for url, reason in report.fenced.items():
+      logger.error("server %s is fenced at version %d: %s", url, version, reason)
+      self._fenced[url] = version
+      for link in self._links.values():
+        link.post(messages.Fence(url=url, version=version, reason=reason))
+      poisoned = [
+        key
+        for key, summary in self._unbatched.items()
+        if url in summary.servers and summary.newest_version >= version
+      ]
+      for rollout_id in poisoned:
+        self._release(rollout_id)
+      self._scheduler.lost(poisoned, "server fenced")
+    self._servers = report.healthy
+    if not report.healthy:
+      reasons = "; ".join(f"{url}: {reason}" for url, reason in report.fenced.items())
+      raise RunFailed(f"no server is left after the sync of version {version}: {reasons}")
+    self._scheduler.weights(version)
+    for link in self._links.values():
+      link.post(messages.Servers(urls=self._servers, version=version))
+
+  def _pump(self) -> None:
+    """Does what the scheduler allows now: forget, dispatch, plan a batch."""
+    scheduler = self._scheduler
+    if scheduler is None or not self._collecting or not self._links:
+      return
+    try:
+      for dispatch in scheduler.dispatch():
+        self._assign(dispatch)
+      if self._commit_task is None and not self._syncing:
+        plan = scheduler.plan_batch()
+        if plan is not None:
+          self._commit_task = asyncio.ensure_future(self._commit(plan))
+          self._commit_task.add_done_callback(self._committed)
+      self._forget(scheduler.take_forgotten())
+    except Exception as error:
+      self._fail(f"{type(error).__name__}: {error}")
+
+  def _assign(self, dispatch: messages.Dispatch) -> None:
+    name = min(self._links, key=lambda key: (self._load[key], key))
+    self._owner[dispatch.rollout_id] = name
+    self._load[name] += 1
+    self._links[name].post(dispatch)
+
+  def _forget(self, rollout_ids: Sequence[int]) -> None:
+    by_worker: dict[str, list[int]] = {}
+    for rollout_id in rollout_ids:
+      owner = self._owner.get(rollout_id)
+      if owner is not None:
+        by_worker.setdefault(owner, []).append(rollout_id)
+      self._release(rollout_id)
+    for name, ids in by_worker.items():
+      if name in self._links:
+        self._links[name].post(messages.Forget(rollout_ids=ids))
+
+  def _release(self, rollout_id: int) -> None:
+    """Ends what the orchestrator itself knows of a rollout."""
+    owner = self._owner.pop(rollout_id, None)
+    if self._unbatched.pop(rollout_id, None) is None and owner is not None:
+      self._load[owner] -= 1
+
+  def _cancel_all(self, reason: str) -> None:
+    assert self._scheduler is not None
+    ids = self._scheduler.cancel_all(reason)
+    by_worker: dict[str, list[int]] = {}
+    for rollout_id in ids:
+      if rollout_id in self._owner:
+        by_worker.setdefault(self._owner[rollout_id], []).append(rollout_id)
+      self._release(rollout_id)
+    for name, owned in by_worker.items():
+      if name in self._links:
+        self._links[name].post(messages.Cancel(rollout_ids=owned))
+
+  # Batches.
+
+  async def _commit(self, plan: BatchPlan) -> None:
+    by_worker: dict[str, list[messages.BatchItem]] = {}
+    for rollout_id, advantage in plan.advantages.items():
+      item = messages.BatchItem(rollout_id, advantage)
+      by_worker.setdefault(self._owner[rollout_id], []).append(item)
+    loop = asyncio.get_running_loop()
+    self._written = {name: loop.create_future() for name in sorted(by_worker)}
+    for name, items in by_worker.items():
+      self._links[name].post(
+        messages.WriteBatch(step=plan.step, items=items, oldest_version=plan.oldest_version)
+      )
+    try:
+      shards = [await future for future in self._written.values()]
+    except RunFailed as error:  # a worker died: its rollouts are lost, plan again
+      logger.warning("the batch of step %d is planned again: %s", plan.step, error)
+      return
+    scheduler = self._scheduler
+    assert scheduler is not None
+    scheduler.commit(plan)
+    metrics = self._window.close(plan, scheduler, loop.time())
+    await self._ports.commit(reports.manifest(plan, shards, metrics, scheduler.state()))
+    self._forget(list(plan.advantages))
+    self._ports.report(plan.step, metrics)
+    self._ports.batch_committed(plan.step)
+
+  def _committed(self, task: asyncio.Task[None]) -> None:
+    self._commit_task = None
+    if not task.cancelled() and task.exception() is not None:
+      self._fail(f"committing a batch failed: {task.exception()}")
+      return
+    self._pump()
+
+  # Evaluation.
+
+  async def _evaluate(self) -> None:
+    """Runs held-out tasks greedily on the servers' present version."""
+    assert self._scheduler is not None
+    version = self._scheduler.version
+    self._ports.status("evaluating", {"version": version})
+    loop = asyncio.get_running_loop()
+    futures = []
+    for key, size in sorted(self._sizes.items()):
+      environment, _, split = key.rpartition("/")
+      for index in range(min(self._evaluation_tasks, size) if split == "eval" else 0):
+        rollout_id = -1 - len(futures)
+        self._evaluation[rollout_id] = loop.create_future()
+        futures.append(self._evaluation[rollout_id])
+        self._assign(
+          messages.Dispatch(
+            rollout_id=rollout_id,
+            group_id=rollout_id,
+            sample=0,
+            environment=environment,
+            split="eval",
+            index=index,
+            seed=rollout_seed(self._seed, environment, index, rollout_id, 0),
+            temperature=0.0,
+            purpose="eval",
+          )
+        )
+    summaries = await asyncio.gather(*futures)
+    self._ports.report_evaluation(version, reports.evaluation(summaries))
+
+  def _fail(self, reason: str) -> None:
+    logger.error("%s", reason)
+    if self._done is not None and not self._done.done():
+      self._done.set_exception(RunFailed(reason))

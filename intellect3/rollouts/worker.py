@@ -1,0 +1,236 @@
+"""A rollout worker: runs environments' coroutines, holds finished rollouts, writes log shards.
+
+One worker serves about 256 rollouts at once. It lives in the orchestrator's process or in its own
+(`link` makes the difference invisible) and is driven by `messages` alone. Token arrays never leave
+it except into a shard of the RolloutLog.
+"""
+
+import asyncio
+import logging
+import pathlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from intellect3 import types
+from intellect3.environments import base
+from intellect3.rollouts import log, messages
+from intellect3.rollouts.conversation import RecordedConversation
+
+logger = logging.getLogger(__name__)
+
+ConversationFactory = Callable[[messages.Dispatch], RecordedConversation]
+ShardWriter = Callable[
+  [pathlib.Path, Iterable[types.TrajectoryRecord]], Awaitable[types.ShardEntry]
+]
+SampleWriter = Callable[[int, types.Rollout, float], None]
+
+
+class Pool(Protocol):
+  """The part of `inference.client.ServerPool` that a worker steers."""
+
+  def set_servers(self, urls: Iterable[str]) -> None: ...
+
+  def fence(self, url: str, reason: str) -> None: ...
+
+
+async def write_shard_in_thread(
+  path: pathlib.Path, records: Iterable[types.TrajectoryRecord]
+) -> types.ShardEntry:
+  """The production shard writer: disk work never blocks the event loop."""
+  return await asyncio.to_thread(log.write_shard, path, records)
+
+
+class Worker:
+  """See the module's docstring.
+
+  Args:
+    name: unique in the run; names its shards.
+    environments: by name.
+    make_conversation: what an environment of a dispatch talks to.
+    pool: the servers, to be told of joins and fences.
+    send: posts a message to the orchestrator; never blocks.
+    log_dir: the RolloutLog.
+    write_shard: how a shard is written.
+    write_sample: shows one rollout of each batch to people; None for not at all.
+    version_changed: told the version that new requests should carry.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    *,
+    environments: Mapping[str, base.Environment],
+    make_conversation: ConversationFactory,
+    pool: Pool,
+    send: Callable[[messages.FromWorker], None],
+    log_dir: pathlib.Path,
+    version_changed: Callable[[int], None],
+    write_shard: ShardWriter = write_shard_in_thread,
+    write_sample: SampleWriter | None = None,
+  ) -> None:
+    self.name = name
+    self._environments = environments
+    self._make_conversation = make_conversation
+    self._pool = pool
+    self._send = send
+    self._log_dir = log_dir
+    self._version_changed = version_changed
+    self._write_shard = write_shard
+    self._write_sample = write_sample
+    self._running: dict[int, asyncio.Task[None]] = {}
+    self._finished: dict[int, types.Rollout] = {}
+    self._tasks: set[asyncio.Task[None]] = set()
+    self.stopped = asyncio.Event()
+
+  def hello(self) -> messages.Hello:
+    """The first message of a connection."""
+    sizes = {
+      f"{name}/{split}": environment.size(split)
+      for name, environment in self._environments.items()
+      for split in ("train", "eval")
+    }
+    return messages.Hello(worker=self.name, sizes=sizes)
+
+  def handle(self, message: messages.ToWorker) -> None:
+    """Acts on one message; returns at once."""
+    match message:
+      case messages.Dispatch():
+        task = asyncio.get_running_loop().create_task(self._run(message))
+        self._running[message.rollout_id] = task
+        task.add_done_callback(lambda _: self._running.pop(message.rollout_id, None))
+      case messages.Cancel(rollout_ids=ids):
+        for rollout_id in ids:
+          self._finished.pop(rollout_id, None)
+          if rollout_id in self._running:
+            self._running[rollout_id].cancel()
+      case messages.Forget(rollout_ids=ids):
+        for rollout_id in ids:
+          self._finished.pop(rollout_id, None)
+      case messages.WriteBatch():
+        self._spawn(self._write(message))
+      case messages.Servers(urls=urls, version=version):
+        self._pool.set_servers(urls)
+        self._version_changed(version)
+      case messages.Fence(url=url, reason=reason):
+        self._pool.fence(url, reason)
+      case messages.Shutdown():
+        self.stopped.set()
+
+  async def close(self) -> None:
+    """Ends every coroutine of this worker."""
+    tasks = [*self._running.values(), *self._tasks]
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+  def _spawn(self, coroutine: Awaitable[None]) -> None:
+    task = asyncio.ensure_future(coroutine)
+    self._tasks.add(task)
+    task.add_done_callback(self._tasks.discard)
+
+  async def _run(self, dispatch: messages.Dispatch) -> None:
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    conversation = self._make_conversation(dispatch)
+    reward: float | None = None
+    metrics: Mapping[str, float] = {}
+    error: str | None = None
+    try:
+      environment = self._environments[dispatch.environment]
+      task = environment.task(dispatch.split, dispatch.index)
+      score = await environment.run(task, conversation)
+      reward, metrics = float(score.reward), score.metrics
+      if not np.isfinite(reward):
+        reward, error = None, f"reward: expected a finite number, got {score.reward}"
+    except asyncio.CancelledError:
+      raise
+    except Exception as failure:  # contract 4: an isolation boundary; a failure is never a reward
+      error = f"{type(failure).__name__}: {failure}"
+      logger.warning("rollout %d failed: %s", dispatch.rollout_id, error)
+    rollout = types.Rollout(
+      rollout_id=dispatch.rollout_id,
+      group_id=dispatch.group_id,
+      sample=dispatch.sample,
+      task_id=f"{dispatch.environment}/{dispatch.split}/{dispatch.index}",
+      environment=dispatch.environment,
+      trajectories=tuple(conversation.trajectories()) if error is None else (),
+      reward=reward,
+      metrics=metrics,
+      error=error,
+      truncated=conversation.truncated,
+    )
+    if dispatch.purpose == "train" and error is None:
+      self._finished[dispatch.rollout_id] = rollout
+    self._send(_summarize(rollout, dispatch.purpose, conversation.servers(), clock() - started))
+
+  async def _write(self, batch: messages.WriteBatch) -> None:
+    path = log.step_directory(self._log_dir, batch.step) / f"{self.name}.arrayrecord"
+    try:
+      records = [
+        record
+        for item in batch.items
+        for record in _records(batch, self._finished[item.rollout_id], item.advantage)
+      ]
+      shard = await self._write_shard(path, records)
+    except Exception as failure:
+      logger.exception("writing step %d failed", batch.step)
+      self._send(messages.WorkerFailed(worker=self.name, reason=f"{path.name}: {failure}"))
+      return
+    if self._write_sample is not None and batch.items:
+      best = max(batch.items, key=lambda item: (item.advantage, -item.rollout_id))
+      if best.rollout_id in self._finished:
+        self._write_sample(batch.step, self._finished[best.rollout_id], best.advantage)
+    self._send(messages.BatchWritten(step=batch.step, worker=self.name, shard=shard))
+
+
+def _summarize(
+  rollout: types.Rollout, purpose: str, servers: Iterable[str], seconds: float
+) -> messages.RolloutSummary:
+  versions = [
+    trajectory.policy_versions[trajectory.policy_versions != types.NOT_SAMPLED]
+    for trajectory in rollout.trajectories
+  ]
+  sampled = np.concatenate([*versions, np.zeros(0, np.int32)])
+  return messages.RolloutSummary(
+    rollout_id=rollout.rollout_id,
+    purpose=purpose,
+    environment=rollout.environment,
+    reward=rollout.reward,
+    error=rollout.error,
+    truncated=rollout.truncated,
+    lengths=[len(trajectory.tokens) for trajectory in rollout.trajectories],
+    sampled_tokens=sampled.size,
+    oldest_version=int(sampled.min()) if sampled.size else types.NOT_SAMPLED,
+    newest_version=int(sampled.max()) if sampled.size else types.NOT_SAMPLED,
+    servers=sorted(servers),
+    metrics=dict(rollout.metrics),
+    seconds=seconds,
+  )
+
+
+def _records(
+  batch: messages.WriteBatch, rollout: types.Rollout, advantage: float
+) -> Iterable[types.TrajectoryRecord]:
+  assert rollout.reward is not None
+  for branch, trajectory in enumerate(rollout.trajectories):
+    fresh = trajectory.policy_versions >= batch.oldest_version
+    yield types.TrajectoryRecord(
+      step=batch.step,
+      rollout_id=rollout.rollout_id,
+      group_id=rollout.group_id,
+      branch=branch,
+      task_id=rollout.task_id,
+      environment=rollout.environment,
+      reward=rollout.reward,
+      advantage=advantage,
+      trajectory=types.Trajectory(
+        tokens=trajectory.tokens,
+        loss_mask=trajectory.loss_mask & fresh,
+        inference_logprobs=trajectory.inference_logprobs,
+        policy_versions=trajectory.policy_versions,
+        temperature=trajectory.temperature,
+        routed_experts=trajectory.routed_experts,
+      ),
+    )
