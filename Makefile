@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml $(LOCK)
 	@test -f $(STAMP) || { echo '$(PYTHON) -m venv --clear $(VENV)'; $(PYTHON) -m venv --clear $(VENV); }
 	@rm -f $(STAMP)
 	@echo 'installing the versions of $(LOCK) into $(VENV) (about a minute)'
-	$(PIP) install --quiet --progress-bar off --requirement $(LOCK)
+	$(PIP) install --quiet --progress-bar off --no-compile --requirement $(LOCK)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 

@@ -1,1 +1,1 @@
-"""Benchmarks that print a table and write JSON; the figures they gave are in docs/performance.md."""
+"""Benchmarks: each prints a table and writes JSON; their figures are in docs/performance.md."""
