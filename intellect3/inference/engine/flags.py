@@ -1,0 +1,49 @@
+"""The engine's flags. No jax here: a bad flag or a busy port is told before it is imported."""
+
+import argparse
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """What the flags say; `parse` has their meaning and defaults."""
+
+  model: str
+  port: int
+  host: str
+  context_length: int | None
+  slots: int
+  prefill_rows: int
+  prefill_chunk: int
+  dtype: str | None
+  queue_limit: int
+  random_seed: int
+  weight_version: str
+  served_model_name: str | None
+  log_level: str
+  die_with_parent: bool
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+  """Parses the command line; a bad one ends the process with code 2 (argparse)."""
+  parser = argparse.ArgumentParser(
+    prog="python -m intellect3.inference.engine",
+    description="A JAX server that speaks SGLang's HTTP protocol.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--model", required=True, help="directory in Hugging Face's format")
+  add("--port", type=int, required=True, help="TCP port to listen on")
+  add("--host", default="127.0.0.1", help="address to listen on")
+  add("--context-length", type=int, help="prompt and output together; None: the model's positions")
+  add("--slots", type=int, default=64, help="requests that run at once")
+  add("--prefill-rows", type=int, default=16, help="prompts that one prefill call takes")
+  add("--prefill-chunk", type=int, default=64, help="tokens of each prompt that it takes")
+  add("--dtype", choices=("float32", "bfloat16"), help="to compute in; None: the model's own")
+  add("--queue-limit", type=int, default=4096, help="waiting requests before new ones get a 503")
+  add("--random-seed", type=int, default=0, help="seeds requests that bring no sampling_seed")
+  add("--weight-version", default="default", help="version of the first weights")
+  add("--served-model-name", help="as told by /model_info; None: the model directory")
+  add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+  add("--die-with-parent", action="store_true", help="end when the starting process does (Linux)")
+  return Settings(**vars(parser.parse_args(arguments)))
