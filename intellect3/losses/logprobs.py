@@ -25,7 +25,7 @@ def chunked_logprobs(
   Args:
     hidden_ND: floating [N, D], after the final norm.
     head_DV: floating [D, V]; multiplied in the dtype of the hidden states, summed in float32.
-    targets_N: integer [N], each in [0, V); a target outside scores the logprob of no token.
+    targets_N: integer [N], each in [0, V); a target outside gets the logprob NaN.
     temperature_N: floating [N], >= 0.
     chunk_size: tokens per chunk, >= 1; N need not be a multiple.
 
@@ -58,7 +58,9 @@ def chunked_logprobs(
     normaliser_C = jax.nn.logsumexp(logits_CV, axis=1)
     # A comparison and a sum fuse, forward and backward; a gather's gradient is a scatter.
     chosen_CV = targets_C[:, None] == jnp.arange(logits_CV.shape[1])
-    logprobs_C = jnp.sum(jnp.where(chosen_CV, logits_CV, 0), axis=1) - normaliser_C
+    chosen_C = jnp.sum(jnp.where(chosen_CV, logits_CV, 0), axis=1)
+    known_C = (targets_C >= 0) & (targets_C < logits_CV.shape[1])
+    logprobs_C = jnp.where(known_C, chosen_C - normaliser_C, jnp.nan)
     probabilities_CV = jnp.exp(logits_CV - normaliser_C[:, None])
     return logprobs_C, normaliser_C - jnp.sum(probabilities_CV * logits_CV, axis=1)
 
