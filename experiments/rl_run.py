@@ -1,0 +1,54 @@
+"""Asynchronous reinforcement learning from gin files.
+
+    python -m experiments.rl_run --gin FILE [--gin FILE ..] [--set a.b=c ..] --out DIR
+        [--role all|trainer|orchestrator|worker|inference] [--index I] [--resume]
+
+`--role all` (the default) starts every role on this machine and supervises them; on a cluster each
+role is started with the same files. Exit code 2: the configuration or the machine is not fit, and
+nothing was started.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from experiments import gin_config
+from intellect3 import rl
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.rl_run",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--gin", action="append", required=True, metavar="FILE")
+  parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="bindings")
+  parser.add_argument("--out", required=True, metavar="DIR", help="the run directory")
+  parser.add_argument("--role", choices=("all", *rl.ROLES), default="all")
+  parser.add_argument("--index", type=int, default=0, help="of a worker or server among its kind")
+  parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
+  arguments = parser.parse_args(argv)
+  try:
+    text = gin_config.read(arguments.gin, arguments.bindings)
+    gin_config.parse(text, without_jax=arguments.role in ("orchestrator", "worker"))
+    start = gin_config.call(
+      rl.run,
+      run_dir=arguments.out,
+      role=arguments.role,
+      index=arguments.index,
+      resume=arguments.resume,
+      config_text=text,
+      command=[
+        *(sys.executable, "-m", "experiments.rl_run", "--out", arguments.out),
+        *("--gin", str(pathlib.Path(arguments.out) / "config.gin")),
+      ],
+    )
+  except gin_config.ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return gin_config.run_to_end(start)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

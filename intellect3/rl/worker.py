@@ -1,0 +1,117 @@
+"""The worker role: environments against the servers. No jax.
+
+`worker` checks its parameters and returns a factory; the orchestrator calls it in its own process
+(`num_workers` 0), the worker role in one of its own.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable
+
+from intellect3 import types
+from intellect3.inference import client, transport
+from intellect3.rl.roles import NotStarted, Shared
+from intellect3.rollouts import conversation, messages
+from intellect3.rollouts import worker as worker_lib
+
+
+def worker(
+  shared: Shared,
+  index: int,
+  *,
+  max_new_tokens: int,
+  max_tokens: int,
+  max_concurrency: int = 256,
+  retries: int = 5,
+  backoff_seconds: float = 0.2,
+  timeout_seconds: float = 600.0,
+) -> Callable[[Callable[[messages.FromWorker], None]], worker_lib.Worker]:
+  """Builds the factory of one worker.
+
+  Args:
+    shared: what the roles share.
+    index: of this worker among its kind.
+    max_new_tokens: bound on one generation.
+    max_tokens: bound on a trajectory, prompt included.
+    max_concurrency: requests on one server at a time.
+    retries: failures in a row that a generation survives.
+    backoff_seconds: before the first retry; doubles.
+    timeout_seconds: for one request.
+  """
+  for field, value in (("max_new_tokens", max_new_tokens), ("max_tokens", max_tokens)):
+    if value < 1:
+      raise NotStarted(f"worker.{field}: expected at least 1, got {value}")
+
+  def make(send: Callable[[messages.FromWorker], None]) -> worker_lib.Worker:
+    pool = client.ServerPool(
+      transport.HttpTransport(),
+      vocab_size=shared.renderer.vocab_size,
+      max_concurrency=max_concurrency,
+      retries=retries,
+      backoff_seconds=backoff_seconds,
+      timeout_seconds=timeout_seconds,
+      seed=shared.seed + index,
+    )
+    version = [0]
+
+    def set_version(new: int) -> None:
+      version[0] = new
+
+    def make_conversation(dispatch: messages.Dispatch) -> conversation.RecordedConversation:
+      return conversation.RecordedConversation(
+        shared.renderer,
+        pool,
+        seed=dispatch.seed,
+        rid=f"{dispatch.purpose}-{dispatch.rollout_id}",
+        temperature=dispatch.temperature,
+        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
+        version=lambda: version[0],
+      )
+
+    name = f"worker_{index}"
+    return worker_lib.Worker(
+      name,
+      environments=shared.environments,
+      make_conversation=make_conversation,
+      pool=pool,
+      send=send,
+      log_dir=shared.log_dir,
+      version_changed=set_version,
+      write_sample=_sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt"),
+    )
+
+  return make
+
+
+def _sample_writer(shared: Shared, path: pathlib.Path) -> worker_lib.SampleWriter:
+  """Writes one rollout of each batch as people read it."""
+
+  def write(step: int, rollout: types.Rollout, advantage: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+      file.write(
+        f"=== step {step}  {rollout.task_id}  sample {rollout.sample}  "
+        f"reward {rollout.reward:.3f}  advantage {advantage:+.3f}\n"
+      )
+      for trajectory in rollout.trajectories:
+        file.write(f"{_readable(shared, trajectory)}\n")
+
+  return write
+
+
+def _readable(shared: Shared, trajectory: types.Trajectory) -> str:
+  """The text of a trajectory; what was sampled stands between ⟦ and ⟧."""
+  pieces: list[str] = []
+  for sampled, ids in _runs(trajectory):
+    text = shared.renderer.decode(ids)
+    pieces.append(f"⟦{text}⟧" if sampled else text)
+  return "".join(pieces)
+
+
+def _runs(trajectory: types.Trajectory) -> Iterable[tuple[bool, list[int]]]:
+  start = 0
+  mask = trajectory.policy_versions != types.NOT_SAMPLED
+  for end in range(1, len(mask) + 1):
+    if end == len(mask) or mask[end] != mask[start]:
+      yield bool(mask[start]), trajectory.tokens[start:end].tolist()
+      start = end

@@ -1,0 +1,151 @@
+"""Starts the processes of a run on one machine, watches them, and ends them all together.
+
+A child that fails ends the run: the others are ended, and the failure says which child, why and
+where its log is. Every child leads its own process group and dies with the supervisor (Linux
+parent-death signal), so no process outlives a run, however the run ends.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+
+class ChildFailed(RuntimeError):
+  """A process of the run died; the message names it, the reason and its log."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Child:
+  """A process of the run.
+
+  Attributes:
+    name: for people, and its log's name.
+    command: argument vector.
+    log: file that takes its stdout and stderr.
+    ends_run: whether the run waits for its end; another's end before that is a failure.
+    environment: added to this process's environment.
+  """
+
+  name: str
+  command: Sequence[str]
+  log: pathlib.Path
+  ends_run: bool
+  environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def supervise(
+  children: Sequence[Child], *, tick: Callable[[], None], interval_seconds: float = 0.2
+) -> None:
+  """Runs the children until every one that `ends_run` has ended with exit code 0.
+
+  Args:
+    children: started in this order.
+    tick: called between looks at the children (the console).
+    interval_seconds: how often to look.
+
+  Raises:
+    ChildFailed: a child ended with another exit code, or before it should.
+    KeyboardInterrupt: SIGINT or SIGTERM came; every child has been ended.
+  """
+  processes: dict[str, subprocess.Popen[bytes]] = {}
+  with _terminate_as_interrupt():
+    try:
+      for child in children:
+        processes[child.name] = _start(child)
+      while True:
+        for child in children:
+          code = processes[child.name].poll()
+          if code is not None and (code != 0 or not child.ends_run):
+            # The death of one often breaks its peers: name the one that failed by itself.
+            time.sleep(interval_seconds)
+            raise ChildFailed(_obituary(child, code))
+        if all(processes[child.name].poll() == 0 for child in children if child.ends_run):
+          return
+        tick()
+        time.sleep(interval_seconds)
+    finally:
+      end_all(list(processes.values()))
+      tick()
+
+
+def _start(child: Child) -> subprocess.Popen[bytes]:
+  child.log.parent.mkdir(parents=True, exist_ok=True)
+  with child.log.open("ab") as log:
+    return subprocess.Popen(
+      list(child.command),
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env={**os.environ, **child.environment},
+      start_new_session=True,
+      preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def _die_with_parent() -> None:
+  pr_set_pdeathsig = 1
+  ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def end_all(
+  processes: Sequence[subprocess.Popen[bytes]], *, patience_seconds: float = 10.0
+) -> None:
+  """SIGTERM to every process group, then SIGKILL to what is left after `patience_seconds`."""
+  for process in processes:
+    if process.poll() is None:
+      _signal_group(process, signal.SIGTERM)
+  deadline = time.monotonic() + patience_seconds
+  for process in processes:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(max(0.0, deadline - time.monotonic()))
+  for process in processes:
+    _signal_group(process, signal.SIGKILL)  # also what a dead leader left behind in its group
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+  with contextlib.suppress(ProcessLookupError, PermissionError):
+    os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+  """SIGTERM ends the run as Ctrl-C does."""
+
+  def interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+  previous = signal.signal(signal.SIGTERM, interrupt)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _obituary(child: Child, code: int) -> str:
+  if code < 0:
+    how = f"was killed by {signal.Signals(-code).name}"
+  else:
+    how = f"ended with exit code {code}" if code else "ended before the run did"
+  return f"{child.name} {how}: {last_words(child.log)} (log: {child.log})"
+
+
+def last_words(log: pathlib.Path) -> str:
+  """The last line of a log that says what went wrong, or its last line at all."""
+  try:
+    lines = log.read_text(errors="replace").splitlines()[-200:]
+  except OSError:
+    return "no log"
+  lines = [line.strip() for line in lines if line.strip()]
+  for line in reversed(lines):
+    head = line.split(" ", 1)[0].rstrip(":")
+    if head.endswith(("Error", "Exception", "RunFailed")) or "error:" in line.lower():
+      return line[:400]
+  return lines[-1][:400] if lines else "its log is empty"
