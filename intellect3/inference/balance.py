@@ -6,7 +6,7 @@ free is handed to whoever waited longest.
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -64,7 +64,7 @@ class Balancer:
     """Why a server is fenced; None where it is not, or is not known."""
     return self._servers[url].fenced if url in self._servers else None
 
-  def set_servers(self, urls: Sequence[str]) -> None:
+  def set_servers(self, urls: Iterable[str]) -> None:
     """Replaces the set. A server that left keeps what is in flight there; fences stay."""
     kept = {url: server for url, server in self._servers.items() if server.fenced is not None}
     for url in urls:

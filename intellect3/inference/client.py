@@ -9,7 +9,7 @@ sampled with.
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class ServerPool:
     """Generations that wait for a server to have room."""
     return self._balancer.waiting
 
-  def set_servers(self, urls: Sequence[str]) -> None:
+  def set_servers(self, urls: Iterable[str]) -> None:
     """Replaces the set. Requests on a server that left still end there; fences stay."""
     self._balancer.set_servers(urls)
 

@@ -1,0 +1,282 @@
+"""Control calls: the same one to every server at once, each with its own outcome.
+
+Place in the ring: the orchestrator's hand on the servers (pause, update, continue, score). sglang-
+router proxies none of these, so they go to each server directly. A server that fails or hangs holds
+up no other. Two traps of SGLang are closed here: an update that flushes the cache under an
+`in_place` pause answers 400 although the weights did change, and a health probe of a paused server
+hangs and leaves it marked unhealthy.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from intellect3.inference import protocol
+from intellect3.inference.transport import Transport, TransportError
+
+PAUSE_MODES = ("in_place", "retract", "abort")
+"""`in_place` keeps the cache of running requests, `retract` computes it anew after the pause (so that
+it can be flushed), `abort` ends them with the tokens they have."""
+
+T = TypeVar("T")
+
+
+class ControlError(Exception):
+  """A server refused a control call."""
+
+
+@dataclass(frozen=True)
+class Scores:
+  """A scored prompt.
+
+  Attributes:
+    logprobs: float32[T]; [t] scores id t at temperature 1, [0] is 0.0.
+    version: the weights that scored it.
+  """
+
+  logprobs: np.ndarray
+  version: int
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+  """What one server made of a call.
+
+  Attributes:
+    value: its answer; None where the call failed.
+    error: why it failed, or None.
+    seconds: how long it took, on the event loop's clock.
+  """
+
+  value: T | None
+  error: str | None
+  seconds: float
+
+  @property
+  def ok(self) -> bool:
+    return self.error is None
+
+
+class ServerControl:
+  """Steers a set of servers. Belongs to one event loop."""
+
+  def __init__(
+    self,
+    transport: Transport,
+    urls: Iterable[str] = (),
+    *,
+    vocab_size: int,
+    timeout_seconds: float = 600.0,
+    health_timeout_seconds: float = 5.0,
+  ):
+    """Makes a control; nothing is sent yet.
+
+    Args:
+      transport: carries the calls; the control does not close it.
+      urls: addresses.
+      vocab_size: ids at or above it are not sent.
+      timeout_seconds: for one control call.
+      health_timeout_seconds: for one health probe; a pause waits for a probe that is on its way.
+    """
+    for name, value in (
+      ("timeout_seconds", timeout_seconds),
+      ("health_timeout_seconds", health_timeout_seconds),
+    ):
+      if value <= 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")
+    self._transport = transport
+    self._vocab_size = vocab_size
+    self._timeout_seconds = timeout_seconds
+    self._health_timeout_seconds = health_timeout_seconds
+    self._urls = tuple(dict.fromkeys(urls))
+    self._fenced: dict[str, str] = {}
+    self._paused: dict[str, str] = {}
+    self._quiet: dict[str, asyncio.Lock] = {}
+    self._calls = itertools.count()
+
+  @property
+  def urls(self) -> tuple[str, ...]:
+    """Servers that calls go to: those given and not fenced."""
+    return tuple(url for url in self._urls if url not in self._fenced)
+
+  @property
+  def fenced(self) -> Mapping[str, str]:
+    """Fenced servers and why."""
+    return dict(self._fenced)
+
+  def set_servers(self, urls: Iterable[str]) -> None:
+    """Replaces the set; fences stay."""
+    self._urls = tuple(dict.fromkeys(urls))
+
+  def fence(self, url: str, reason: str) -> None:
+    """Leaves a server out of all further calls."""
+    self._fenced.setdefault(url, reason)
+
+  def admit(self, url: str) -> None:
+    """Lifts a fence, once the server was restarted or its weights were mended."""
+    self._fenced.pop(url, None)
+    self._note_running(url)
+    if url not in self._urls:
+      self._urls += (url,)
+
+  async def pause(
+    self, mode: str, *, urls: Sequence[str] | None = None
+  ) -> dict[str, Outcome[None]]:
+    """Stops generation; requests stay, or end with `abort`. Waits for a probe that is on its way."""
+    if mode not in PAUSE_MODES:
+      raise ValueError(f"mode: expected one of {list(PAUSE_MODES)}, got {mode!r}")
+
+    async def call(url: str) -> None:
+      if url not in self._paused:
+        await self._lock(url).acquire()
+      # Noted before it is sent: a pause whose answer is lost may have happened.
+      self._paused[url] = mode
+      await self._post(url, "/pause_generation", {"mode": mode})
+
+    return await self._everywhere(call, urls)
+
+  async def resume(self, *, urls: Sequence[str] | None = None) -> dict[str, Outcome[None]]:
+    """Lets generation go on; harmless where it was not paused."""
+
+    async def call(url: str) -> None:
+      await self._post(url, "/continue_generation", {})
+      self._note_running(url)
+
+    return await self._everywhere(call, urls)
+
+  async def update_weights(
+    self,
+    path: str | os.PathLike[str],
+    version: int,
+    *,
+    flush_cache: bool,
+    urls: Sequence[str] | None = None,
+  ) -> dict[str, Outcome[None]]:
+    """Loads weights from a directory that the servers can read.
+
+    Args:
+      path: directory with safetensors in Hugging Face's layout.
+      version: stamped on every token sampled from now on.
+      flush_cache: drop cached prefixes. Under `in_place` with running requests SGLang then answers
+        400 although the weights did change, so that combination is a ValueError here.
+      urls: some of the servers; None for all.
+
+    Raises:
+      ValueError: `flush_cache` while one of them is paused `in_place`.
+    """
+    targets = self.urls if urls is None else tuple(urls)
+    held = [url for url in targets if self._paused.get(url) == "in_place"]
+    if flush_cache and held:
+      raise ValueError(
+        f"flush_cache: expected False while paused in_place, got True ({', '.join(held)}); "
+        "flush under retract"
+      )
+    body = {
+      "model_path": os.fspath(path),
+      "weight_version": str(version),
+      "flush_cache": flush_cache,
+    }
+
+    async def call(url: str) -> None:
+      answer = await self._post(url, "/update_weights_from_disk", body)
+      reply = protocol.decode(answer, protocol.UpdateReply)
+      if not reply.success:
+        raise ControlError(f"update refused: {reply.message[:300]}")
+
+    return await self._everywhere(call, targets)
+
+  async def score(
+    self,
+    ids: Sequence[int],
+    *,
+    extra_key: str | None = None,
+    urls: Sequence[str] | None = None,
+  ) -> dict[str, Outcome[Scores]]:
+    """Logprobs of a prompt at temperature 1.
+
+    Args:
+      ids: the prompt.
+      extra_key: one not used before bypasses the prefix cache.
+      urls: some of the servers; None for all.
+
+    Raises:
+      ValueError: an id outside the vocabulary; nothing was sent.
+    """
+    protocol.check_ids(ids, self._vocab_size)
+
+    async def call(url: str) -> Scores:
+      request = protocol.GenerateRequest(
+        input_ids=[int(token) for token in ids],
+        rid=f"score-{next(self._calls)}-{os.getpid()}",
+        sampling_params=protocol.SamplingParams(max_new_tokens=0, temperature=0.0),
+        logprob_start_len=0,
+        extra_key=extra_key,
+      )
+      answer = await self._post(url, "/generate", protocol.encode(request))
+      reply = protocol.decode(answer, protocol.GenerateReply)
+      return Scores(
+        logprobs=protocol.parse_scores(reply, request),
+        version=protocol.parse_version(reply.meta_info.weight_version),
+      )
+
+    return await self._everywhere(call, urls)
+
+  async def model_info(
+    self, *, urls: Sequence[str] | None = None
+  ) -> dict[str, Outcome[protocol.ModelInfo]]:
+    """What each server serves; answers also while paused."""
+
+    async def call(url: str) -> protocol.ModelInfo:
+      answer = await self._ask("GET", url, "/model_info", None, self._timeout_seconds)
+      return protocol.decode(answer, protocol.ModelInfo)
+
+    return await self._everywhere(call, urls)
+
+  async def healthy(self, url: str) -> bool:
+    """Whether a server generates. While it is paused this waits for the pause to end."""
+    async with self._lock(url):
+      try:
+        await self._ask("GET", url, "/health", None, self._health_timeout_seconds)
+      except (TransportError, ControlError):
+        return False
+      return True
+
+  def _note_running(self, url: str) -> None:
+    if self._paused.pop(url, None) is not None:
+      self._lock(url).release()
+
+  def _lock(self, url: str) -> asyncio.Lock:
+    """Held by a pause until its end and by a health probe: never both."""
+    return self._quiet.setdefault(url, asyncio.Lock())
+
+  async def _everywhere(
+    self, call: Callable[[str], Awaitable[T]], urls: Sequence[str] | None
+  ) -> dict[str, Outcome[T]]:
+    clock = asyncio.get_running_loop().time
+
+    async def one(url: str) -> Outcome[T]:
+      started = clock()
+      try:
+        value = await call(url)
+      except (TransportError, ControlError, protocol.ProtocolError) as error:
+        return Outcome(None, f"{type(error).__name__}: {error}", clock() - started)
+      return Outcome(value, None, clock() - started)
+
+    targets = self.urls if urls is None else tuple(urls)
+    return dict(zip(targets, await asyncio.gather(*map(one, targets)), strict=True))
+
+  async def _post(self, url: str, path: str, body: Mapping[str, Any]) -> bytes:
+    return await self._ask("POST", url, path, body, self._timeout_seconds)
+
+  async def _ask(
+    self, method: str, url: str, path: str, body: Mapping[str, Any] | None, timeout: float
+  ) -> bytes:
+    status, answer = await self._transport.request(method, f"{url}{path}", body, timeout)
+    if status != 200:
+      raise ControlError(f"{path}: {status} {protocol.error_message(answer)}")
+    return answer
