@@ -1,0 +1,1 @@
+"""Models: Mixture-of-Experts transformers in Flax Linen, one set of modules for every use."""

@@ -1,0 +1,104 @@
+"""The small parts of a transformer layer: projections, norms, rotary embedding, dense MLP.
+
+Place in the ring: `attention`, `moe` and `transformer` are built from these. Parameters carry
+logical axis names; the sharding tables map them to mesh axes.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from intellect3.models.config import ModelConfig
+
+ACTIVATIONS_BTD = ("act_batch", "act_length", "act_embed")
+
+
+def kernel_init(scale: float = 1.0, batch_axis: Sequence[int] = ()) -> nn.initializers.Initializer:
+  """Normal with standard deviation `scale / sqrt(fan in)`."""
+  return nn.initializers.variance_scaling(
+    scale**2, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=batch_axis
+  )
+
+
+def residual_scale(config: ModelConfig) -> float:
+  """Scale of what writes to the residual stream, `1 / sqrt(2 L)` (GPT-2), against its growth."""
+  return (2 * config.num_layers) ** -0.5
+
+
+def projection(
+  config: ModelConfig,
+  name: str,
+  features: int | tuple[int, ...],
+  axes: tuple[str, ...],
+  *,
+  inputs: int = 1,
+  scale: float = 1.0,
+  use_bias: bool = False,
+) -> nn.DenseGeneral:
+  """A linear map of the last `inputs` axes to `features`; `axes` names the kernel's axes."""
+  return nn.DenseGeneral(
+    features,
+    axis=tuple(range(-inputs, 0)),
+    use_bias=use_bias,
+    kernel_init=nn.with_logical_partitioning(kernel_init(scale), axes),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[inputs:]),
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.dtype(config.param_dtype),
+    name=name,
+  )
+
+
+class RMSNorm(nn.Module):
+  """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv 1910.07467)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param(
+      "scale",
+      nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)),
+      x.shape[-1:],
+      jnp.dtype(self.config.param_dtype),
+    )
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
+  """Angles [B, T, rotary_dim / 2], float32: `position * theta ** (-2 i / rotary_dim)`."""
+  exponents = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / max(config.rotary_dim, 1)
+  return positions_BT[:, :, None].astype(jnp.float32) / config.rope_theta**exponents
+
+
+def rotate(x_BTNH: jax.Array, angles_BTR: jax.Array) -> jax.Array:
+  """Rotates the leading dims of each head, half against half; the others pass (arXiv 2104.09864).
+
+  Dim i of the first R turns with dim i + R, the layout of Hugging Face checkpoints.
+  """
+  half = angles_BTR.shape[-1]
+  cos, sin = jnp.cos(angles_BTR)[:, :, None], jnp.sin(angles_BTR)[:, :, None]
+  first, second, passed = jnp.split(x_BTNH, [half, 2 * half], axis=-1)
+  first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+  rotated = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate([*(part.astype(x_BTNH.dtype) for part in rotated), passed], axis=-1)
+
+
+class MLP(nn.Module):
+  """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202), `width` wide."""
+
+  config: ModelConfig
+  width: int
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    config, axes = self.config, ("embed", "mlp")
+    gate_BTF = projection(config, "gate", self.width, axes)(x_BTD)
+    up_BTF = projection(config, "up", self.width, axes)(x_BTD)
+    down = projection(
+      config, "down", config.embed_dim, ("mlp", "embed"), scale=residual_scale(config)
+    )
+    return down(jax.nn.silu(gate_BTF) * up_BTF)

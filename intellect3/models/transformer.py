@@ -1,0 +1,218 @@
+"""The decoder: embedding, dense layers, MoE layers, final norm.
+
+Place in the ring: the train step and the engine apply the same modules. The vocabulary head stays
+outside (`head`), since it is never applied to all tokens at once (`losses.logprobs`).
+
+Layers of one kind are stacked and scanned, so compile time does not grow with depth. The carry is
+(residual stream, KV cache); the layer's index is a scanned input.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from intellect3.models import layers
+from intellect3.models.attention import Attention, Context
+from intellect3.models.cache import KVCache
+from intellect3.models.config import ModelConfig
+from intellect3.models.moe import MoE
+
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps of a layer: everything; its input; matrix products; those that are
+projections (not the attention scores)."""
+
+EMBEDDING_STD = 0.1
+HEAD_SCALE = 0.3
+
+
+class RouterStats(NamedTuple):
+  """What the routers did, M MoE layers from the first.
+
+  Attributes:
+    load_LE: float32 [M, E], tokens that chose each expert; padding (segment 0) not counted.
+    experts_LBTA: int32 [M, B, T, A], the experts of every token, padding included.
+  """
+
+  load_LE: jax.Array
+  experts_LBTA: jax.Array
+
+
+class Output(NamedTuple):
+  """Attributes: hidden_BTD, after the final norm; cache, updated, or None; router."""
+
+  hidden_BTD: jax.Array
+  cache: KVCache | None
+  router: RouterStats
+
+
+class Layer(nn.Module):
+  """Attention and MLP (or MoE), each behind a norm and added to the residual stream."""
+
+  config: ModelConfig
+  moe: bool
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[jax.Array, KVCache | None], layer: jax.Array, context: Context
+  ) -> tuple[tuple[jax.Array, KVCache | None], jax.Array | None]:
+    config = self.config
+    x_BTD, cache = carry
+    normed_BTD = layers.RMSNorm(config, name="attention_norm")(x_BTD)
+    out_BTD, cache = Attention(config, name="attention")(normed_BTD, cache, layer, context)
+    x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
+    normed_BTD = layers.RMSNorm(config, name="mlp_norm")(x_BTD)
+    experts_BTA = None
+    if self.moe:
+      out_BTD, experts_BTA = MoE(config, name="moe")(normed_BTD)
+    else:
+      out_BTD = layers.MLP(config, config.mlp_dim, name="mlp")(normed_BTD)
+    x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
+    return (x_BTD, cache), experts_BTA
+
+
+class Transformer(nn.Module):
+  """A decoder of `config.family`."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    cache: KVCache | None = None,
+    slots_B: jax.Array | None = None,
+  ) -> Output:
+    """Runs the decoder on packed rows, or on rows that continue the sequences of a cache.
+
+    Args:
+      tokens_BT: int32 [B, T], each in [0, V).
+      positions_BT: int32 [B, T], from 0 in each segment. With a cache: the position in the slot,
+        which must hold all earlier ones; the caller keeps it below the cache's length.
+      segment_ids_BT: int32 [B, T], 0 for padding. Tokens of one id (per row) see each other; with
+        a cache every other id means "valid".
+      cache: None, or the carry; donate it to `jit` to have it updated in place.
+      slots_B: int32 [B], distinct, the slot of each row; None means B is the number of slots and
+        row b is slot b.
+
+    Returns:
+      `Output`; hidden states in config.dtype. Padding's hidden states mean nothing.
+
+    Raises:
+      ValueError: for an unknown remat policy, or slots that do not go with the rows or the cache.
+    """
+    config = self.config
+    if config.remat_policy not in REMAT_POLICIES:
+      expected = tuple(REMAT_POLICIES)
+      raise ValueError(f"remat_policy: expected one of {expected}, got {config.remat_policy!r}")
+    _check_slots(tokens_BT, cache, slots_B)
+    embedding_VD = self.param(
+      "embedding",
+      nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed")),
+      (config.vocab_size, config.embed_dim),
+      jnp.dtype(config.param_dtype),
+    )
+    if not config.tie_embeddings:
+      self.param(
+        "head",
+        nn.with_logical_partitioning(layers.kernel_init(HEAD_SCALE), ("embed", "vocab")),
+        (config.embed_dim, config.vocab_size),
+        jnp.dtype(config.param_dtype),
+      )
+    x_BTD = embedding_VD[tokens_BT].astype(config.dtype)
+    x_BTD = nn.with_logical_constraint(x_BTD, layers.ACTIVATIONS_BTD)
+    angles_BTR = layers.rotary_angles(config, positions_BT)
+    context = Context(positions_BT, segment_ids_BT, angles_BTR, slots_B)
+
+    carry = (x_BTD, cache)
+    batch, length = tokens_BT.shape
+    experts_LBTA = jnp.zeros((0, batch, length, config.num_experts_per_token), jnp.int32)
+    first_moe = config.num_dense_layers
+    for name, moe, start, stop in (
+      ("dense_layers", False, 0, first_moe),
+      ("moe_layers", True, first_moe, config.num_layers),
+    ):
+      if stop > start:
+        stack = _scanned(config, stop - start, remat=cache is None)(config, moe=moe, name=name)
+        carry, experts = stack(carry, jnp.arange(start, stop), context)
+        experts_LBTA = experts if moe else experts_LBTA
+    x_BTD, cache = carry
+    hidden_BTD = layers.RMSNorm(config, name="final_norm")(x_BTD)
+    load_LE = _load(experts_LBTA, segment_ids_BT != 0, config.num_experts)
+    return Output(hidden_BTD, cache, RouterStats(load_LE, experts_LBTA))
+
+
+def _scanned(config: ModelConfig, length: int, *, remat: bool) -> Any:
+  policy = REMAT_POLICIES[config.remat_policy]
+  layer = Layer
+  if remat and policy is not None:
+    # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
+    layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+  return nn.scan(
+    layer,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(0, nn.broadcast),
+    length=length,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+
+
+def _check_slots(tokens_BT: Any, cache: KVCache | None, slots_B: Any) -> None:
+  rows = tokens_BT.shape[0]
+  if cache is None:
+    if slots_B is not None:
+      raise ValueError("slots_B: expected None without a cache, got an array")
+  elif slots_B is None:
+    if cache.k_LBSKH.shape[1] != rows:
+      raise ValueError(f"slots_B: expected one per row ({rows}), got None with another slot count")
+  elif slots_B.shape != (rows,):
+    raise ValueError(f"slots_B: expected shape {[rows]}, got {list(slots_B.shape)}")
+
+
+def _load(experts_LBTA: jax.Array, valid_BT: jax.Array, num_experts: int) -> jax.Array:
+  chosen_LBTAE = experts_LBTA[..., None] == jnp.arange(num_experts)
+  return jnp.sum(chosen_LBTAE & valid_BT[None, :, :, None, None], axis=(1, 2, 3), dtype=jnp.float32)
+
+
+def _boxed_init(config: ModelConfig, key: jax.Array) -> Any:
+  token = jnp.zeros((1, 1), jnp.int32)
+  return Transformer(config).init(key, token, token, token + 1)["params"]
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+  """Random parameters, a nested dict of arrays in config.param_dtype.
+
+  Kernels are normal with deviation 1 / sqrt(fan in), times 1 / sqrt(2 L) where they write to the
+  residual stream and times `HEAD_SCALE` in the head; embeddings are normal with `EMBEDDING_STD`;
+  norm scales are 1, biases 0. The router's correction bias is float32 always.
+  """
+  return nn.meta.unbox(_boxed_init(config, key))
+
+
+def abstract(config: ModelConfig) -> tuple[Params, Params]:
+  """Shapes and logical axes of the parameters; nothing is allocated.
+
+  Returns:
+    Two nested dicts of the parameters' structure: of `jax.ShapeDtypeStruct`, and of tuples with one
+    axis name (or None) per dimension. Map over both with the shapes first.
+  """
+  boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
+  is_boxed = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+  axes = jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_boxed)
+  return nn.meta.unbox(boxed), axes
+
+
+def head(params: Params, config: ModelConfig) -> jax.Array:
+  """The vocabulary head, head_DV: logits are `hidden_BTD @ head_DV`."""
+  return params["embedding"].T if config.tie_embeddings else params["head"]
