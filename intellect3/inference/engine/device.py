@@ -62,14 +62,12 @@ def decode_step(
   config: ModelConfig, params: Params, cache: kv_cache.KVCache, step: Decode
 ) -> tuple[kv_cache.KVCache, Sampled]:
   """One token for every slot. Pure; the cache is to be donated."""
-  slots_S = jnp.arange(step.tokens_S.shape[0])
   output = transformer.Transformer(config).apply(
     {"params": params},
     step.tokens_S[:, None],
     step.positions_S[:, None],
     step.segments_S[:, None],
     cache=cache,
-    slots_B=slots_S,
   )
   logits_SV = _logits(output.hidden_BTD[:, 0], transformer.head(params, config))
   return output.cache, Sampled(*sample(logits_SV, step.sampling))
@@ -193,10 +191,7 @@ def load(directory: str | os.PathLike[str], *, dtype: str | None) -> tuple[Model
     raise ValueError(f"Cannot find a config.json in `{path}`.")
   if not any(path.glob("*.safetensors")):
     raise ValueError(f"Cannot find any model weights with `{path}`.")
-  try:
-    config, params = hf.load(path)
-  except (OSError, KeyError, json.JSONDecodeError) as error:
-    raise ValueError(f"Cannot read the model in `{path}`: {error!r}") from error
+  config, params = hf.load(path)
   return (config if dtype is None else dataclasses.replace(config, dtype=dtype)), params
 
 

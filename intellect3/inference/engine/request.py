@@ -66,7 +66,8 @@ _UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
   **dict.fromkeys(
     _names(
       "text input_embeds image_data video_data audio_data video_config mm_hashes "
-      "mm_content_hashes watermark token_ids_logprob return_sampling_mask sampling_logprobs_mode lora_path lora_id "
+      "mm_content_hashes watermark token_ids_logprob return_sampling_mask "
+      "sampling_logprobs_mode lora_path lora_id "
       "custom_logit_processor positional_embed_overrides bootstrap_host bootstrap_port "
       "bootstrap_room bootstrap_pair_key decode_tp_size routed_dp_rank data_parallel_rank "
       "disagg_prefill_dp_rank max_thinking_tokens priority multi_item_delimiter_indices "

@@ -2,10 +2,8 @@
 
 import asyncio
 import dataclasses
-import json
 import logging
 import os
-import pathlib
 import signal
 import socket
 from types import FrameType
@@ -14,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from intellect3.inference.engine import device as devices
+from intellect3.inference.engine import info
 from intellect3.inference.engine.app import Desk, Serving, make_app
 from intellect3.inference.engine.batcher import Batcher
 from intellect3.inference.engine.device import Device
@@ -60,8 +59,14 @@ def build(settings: Settings) -> Parts:
     max_requests=settings.slots + settings.queue_limit,
     decode=make_decoder(settings.model),
     prepare=lambda path: _prepare(device, path, settings.dtype),
-    model_info=_model_info(settings),
-    server_info=_server_info(settings, config, context),
+    model_info=info.model_info(settings),
+    server_info=info.server_info(
+      settings,
+      context_length=context,
+      dtype=str(config.dtype),
+      attention=config.attention,
+      platform=devices.platform(),
+    ),
   )
   return Parts(device, batcher, serving)
 
@@ -119,62 +124,3 @@ def _die(error: BaseException) -> None:
   log.critical("the server ends: its engine died of %r", error)
   logging.shutdown()
   os._exit(1)
-
-
-def _model_info(settings: Settings) -> dict[str, Any]:
-  config = json.loads((pathlib.Path(settings.model) / "config.json").read_text())
-  return {
-    "model_path": settings.model,
-    "served_model_name": settings.served_model_name or settings.model,
-    "tokenizer_path": settings.model,
-    "is_generation": True,
-    "preferred_sampling_params": None,
-    "weight_version": settings.weight_version,
-    "load_format": "auto",
-    "reasoning_parser": None,
-    "tool_call_parser": None,
-    "disaggregation_mode": "null",
-    "has_image_understanding": False,
-    "has_audio_understanding": False,
-    "model_type": config.get("model_type"),
-    "architectures": config.get("architectures"),
-  }
-
-
-def _server_info(settings: Settings, config: ModelConfig, context: int) -> dict[str, Any]:
-  return {
-    "model_path": settings.model,
-    "tokenizer_path": settings.model,
-    "served_model_name": settings.served_model_name or settings.model,
-    "version": "intellect3",
-    "weight_version": settings.weight_version,
-    "status": "ready",
-    "device": devices.platform(),
-    "dtype": str(config.dtype),
-    "tp_size": 1,
-    "dp_size": 1,
-    "ep_size": 1,
-    "pp_size": 1,
-    "context_length": context,
-    "max_total_num_tokens": settings.slots * context,
-    "max_total_tokens": settings.slots * context,
-    "max_running_requests": settings.slots,
-    "max_queued_requests": settings.queue_limit,
-    "max_req_input_len": context - 1,
-    "chunked_prefill_size": settings.prefill_chunk,
-    "prefill_rows": settings.prefill_rows,
-    "random_seed": settings.random_seed,
-    "schedule_policy": "fcfs",
-    "disable_radix_cache": True,
-    "attention_backend": config.attention,
-    "sampling_backend": "jax",
-    "tool_call_parser": None,
-    "reasoning_parser": None,
-    "enable_return_routed_experts": False,
-    "incremental_streaming_output": False,
-    "stream_interval": 1,
-    "enable_deterministic_inference": True,
-    "enable_memory_saver": False,
-    "disable_overlap_schedule": True,
-    "skip_server_warmup": False,
-  }

@@ -1,0 +1,111 @@
+"""Helpers of the engine's tests: a server in a thread, a small client, the recorded exchanges."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import json
+import pathlib
+import socket
+import threading
+import time
+
+from intellect3.inference.engine import flags, server
+
+DATA = pathlib.Path(__file__).resolve().parents[2] / "data" / "sglang" / "engine.json"
+SHARED = pathlib.Path(__file__).resolve().parents[4] / "shared" / "sglang-goldens"
+
+
+def exchanges() -> dict[str, dict]:
+  """The recorded exchanges (long lists of the answers are cut)."""
+
+  def unfold(value):
+    if isinstance(value, dict) and set(value) == {"repeat", "times"}:
+      return [value["repeat"]] * value["times"]
+    return value
+
+  recorded = json.loads(DATA.read_text())
+  for exchange in recorded.values():
+    body = exchange["request"]["json"]
+    if body:
+      exchange["request"]["json"] = {name: unfold(value) for name, value in body.items()}
+  return recorded
+
+
+@dataclasses.dataclass
+class Client:
+  """Talks to one server; calls block."""
+
+  port: int
+  parts: server.Parts | None = None
+  pool: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
+    default_factory=lambda: concurrent.futures.ThreadPoolExecutor(32)
+  )
+
+  def call(self, method, path, body=None, timeout=60):
+    """Returns (status, parsed JSON or text)."""
+    with contextlib.closing(
+      http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+    ) as connection:
+      connection.request(method, path, None if body is None else json.dumps(body))
+      response = connection.getresponse()
+      text = response.read().decode()
+    try:
+      return response.status, json.loads(text)
+    except json.JSONDecodeError:
+      return response.status, text
+
+  def post(self, path, **body):
+    return self.call("POST", path, body)
+
+  def generate(self, ids, *, expect=200, sampling=None, **more):
+    status, reply = self.post(
+      "/generate", input_ids=list(ids), sampling_params=sampling or {}, **more
+    )
+    assert status == expect, reply
+    return reply
+
+  def later(self, *arguments, **named):
+    """`generate` in a thread; returns a future."""
+    return self.pool.submit(self.generate, *arguments, **named)
+
+  def state(self):
+    return self.call("GET", "/server_info")[1]["internal_states"][0]
+
+  def wait_until(self, condition, seconds=30.0):
+    """Polls `/server_info` until its state satisfies the condition."""
+    deadline = time.monotonic() + seconds
+    while not condition(self.state()):
+      assert time.monotonic() < deadline, self.state()
+      time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def serving(model, **more):
+  """Serves a model directory from a thread of this process; yields its Client."""
+  arguments = ["--model", str(model), "--port", "0"]
+  for name, value in more.items():
+    arguments += ["--" + name.replace("_", "-"), str(value)]
+  settings = flags.parse(arguments)
+  parts = server.build(settings)
+  listener = socket.create_server(("127.0.0.1", 0))
+  runner = asyncio.Runner()
+  loop = runner.get_loop()
+  task = loop.create_task(server.serve(parts, listener, settings))
+
+  def run():
+    with contextlib.suppress(asyncio.CancelledError):
+      loop.run_until_complete(task)
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  client = Client(listener.getsockname()[1], parts)
+  try:
+    yield client
+  finally:
+    loop.call_soon_threadsafe(task.cancel)
+    thread.join(20)
+    client.pool.shutdown(wait=False, cancel_futures=True)
+    runner.close()
+    assert not thread.is_alive()
