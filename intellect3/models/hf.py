@@ -1,7 +1,7 @@
 """Hugging Face safetensors checkpoints, in and out.
 
-Place in the ring: runs start from one, weights are published as one, servers load one. Bitwise: what
-`save` wrote, `load` gives back.
+Place in the ring: runs start from one, weights are published as one, servers load one.
+Bitwise: what `save` wrote, `load` gives back.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def load(
       flat[path] = np.empty(_leaf(shapes, path).shape, kind)
     elif np.result_type(flat[path].dtype, kind) != flat[path].dtype:
       raise ValueError(f"{directory}: {name}: expected {flat[path].dtype} as its stack, got {kind}")
-    flat[path][slot.index] = tensor.reshape(shape)
+    flat[path][slot.at] = tensor.reshape(shape)
   params: transformer.Params = {}
   for path, array in flat.items():
     node = params
@@ -78,8 +78,8 @@ def load(
       node = node.setdefault(key, {})
     node[path[-1]] = array
   name = str(flat[("embedding",)].dtype)
-  values = {"param_dtype": name, **({} if "dtype" in run_options else {"dtype": name})}
-  return dataclasses.replace(config, **values), params
+  computed = config.dtype if "dtype" in run_options else name
+  return dataclasses.replace(config, param_dtype=name, dtype=computed), params
 
 
 def check(directory: Directory, **run_options: Any) -> ModelConfig:
@@ -129,7 +129,7 @@ def to_hf(config: ModelConfig, params: transformer.Params) -> Iterator[tuple[str
     if fetched[1].shape != _leaf(shapes, path).shape:
       expected = list(_leaf(shapes, path).shape)
       raise ValueError(f"{'/'.join(path)}: expected {expected}, got {list(fetched[1].shape)}")
-    tensor = fetched[1][slot.index]
+    tensor = fetched[1][slot.at]
     shape = hf_names.stored_shape(slot.entry, tensor.shape)
     if slot.entry.inputs is not None:
       tensor = tensor.reshape(shape[::-1]).T
@@ -241,4 +241,4 @@ def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _shape(shapes: transformer.Params, slot: hf_names.Slot) -> tuple[int, ...]:
-  return _leaf(shapes, _path(slot.entry)).shape[len(slot.index) :]
+  return _leaf(shapes, _path(slot.entry)).shape[len(slot.at) :]

@@ -88,11 +88,11 @@ TABLES: dict[str, tuple[Entry, ...]] = {"glm4_moe": _glm4_moe()}
 
 
 class Slot(NamedTuple):
-  """One tensor of a checkpoint: its name there, its entry, and its index into our stacked array."""
+  """One tensor of a checkpoint: its name there, its entry, and where in our stacked array."""
 
   name: str
   entry: Entry
-  index: tuple[int, ...]
+  at: tuple[int, ...]
 
 
 def slots(config: ModelConfig) -> Iterator[Slot]:

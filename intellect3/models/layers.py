@@ -5,6 +5,7 @@ logical axis names; the sharding tables map them to mesh axes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,19 @@ def kernel_init(scale: float = 1.0, batch_axis: Sequence[int] = ()) -> nn.initia
 def residual_scale(config: ModelConfig) -> float:
   """Scale of what writes to the residual stream, `1 / sqrt(2 L)` (GPT-2), against its growth."""
   return (2 * config.num_layers) ** -0.5
+
+
+def parameter(
+  module: nn.Module,
+  name: str,
+  init: nn.initializers.Initializer,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  dtype: str,
+) -> jax.Array:
+  """Declares a parameter of a module, with one logical axis name (or None) per dimension."""
+  boxed: Any = nn.with_logical_partitioning(init, axes)
+  return module.param(name, boxed, shape, jnp.dtype(dtype))
 
 
 def projection(
@@ -57,12 +71,8 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param(
-      "scale",
-      nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)),
-      x.shape[-1:],
-      jnp.dtype(self.config.param_dtype),
-    )
+    ones = nn.initializers.ones_init()
+    scale = parameter(self, "scale", ones, x.shape[-1:], (None,), self.config.param_dtype)
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.rms_norm_eps)
     return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)

@@ -28,18 +28,12 @@ class Router(nn.Module):
   def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns experts_TA int32 and weights_TA float32."""
     config = self.config
-    kernel_DE = self.param(
-      "kernel",
-      nn.with_logical_partitioning(layers.kernel_init(), ("embed", None)),
-      (config.embed_dim, config.num_experts),
-      jnp.dtype(config.param_dtype),
+    shape = (config.embed_dim, config.num_experts)
+    kernel_DE = layers.parameter(
+      self, "kernel", layers.kernel_init(), shape, ("embed", None), config.param_dtype
     )
-    bias_E = self.param(
-      "correction_bias",
-      nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)),
-      (config.num_experts,),
-      jnp.float32,
-    )
+    zeros = nn.initializers.zeros_init()
+    bias_E = layers.parameter(self, "correction_bias", zeros, shape[1:], (None,), "float32")
     logits_TE = jnp.dot(
       x_TD.astype(jnp.float32),
       kernel_DE.astype(jnp.float32),
@@ -62,25 +56,25 @@ class Experts(nn.Module):
   @nn.compact
   def __call__(self, x_TD: jax.Array, experts_TA: jax.Array, weights_TA: jax.Array) -> jax.Array:
     config = self.config
-    wide = (config.num_experts, config.embed_dim, config.expert_mlp_dim)
-    narrow = (config.num_experts, config.expert_mlp_dim, config.embed_dim)
-    scale = layers.residual_scale(config)
-    stacks = [
-      self.param(
-        name,
-        nn.with_logical_partitioning(layers.kernel_init(factor, batch_axis=(0,)), axes),
-        shape,
-        jnp.dtype(config.param_dtype),
-      ).astype(config.dtype)
-      for name, shape, axes, factor in (
-        ("gate", wide, ("experts", "embed", "mlp"), 1.0),
-        ("up", wide, ("experts", "embed", "mlp"), 1.0),
-        ("down", narrow, ("experts", "mlp", "embed"), scale),
+    dims = {
+      "experts": config.num_experts,
+      "embed": config.embed_dim,
+      "mlp": config.expert_mlp_dim,
+    }
+
+    def stack(name: str, axes: tuple[str, ...], scale: float = 1.0) -> jax.Array:
+      init = layers.kernel_init(scale, batch_axis=(0,))
+      shape = tuple(dims[axis] for axis in axes)
+      return layers.parameter(self, name, init, shape, axes, config.param_dtype).astype(
+        config.dtype
       )
-    ]
+
+    wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
     return grouped_matmul.expert_mlp(
       x_TD,
-      *stacks,
+      stack("gate", wide),
+      stack("up", wide),
+      stack("down", narrow, layers.residual_scale(config)),
       experts_TA,
       weights_TA,
       implementation=config.grouped_matmul,

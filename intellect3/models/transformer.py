@@ -116,19 +116,16 @@ class Transformer(nn.Module):
       expected = tuple(REMAT_POLICIES)
       raise ValueError(f"remat_policy: expected one of {expected}, got {config.remat_policy!r}")
     _check_slots(tokens_BT, cache, slots_B)
-    embedding_VD = self.param(
-      "embedding",
-      nn.with_logical_partitioning(nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed")),
+    shape, axes, dtype = (
       (config.vocab_size, config.embed_dim),
-      jnp.dtype(config.param_dtype),
+      ("vocab", "embed"),
+      config.param_dtype,
     )
+    init = nn.initializers.normal(EMBEDDING_STD)
+    embedding_VD = layers.parameter(self, "embedding", init, shape, axes, dtype)
     if not config.tie_embeddings:
-      self.param(
-        "head",
-        nn.with_logical_partitioning(layers.kernel_init(HEAD_SCALE), ("embed", "vocab")),
-        (config.embed_dim, config.vocab_size),
-        jnp.dtype(config.param_dtype),
-      )
+      init = layers.kernel_init(HEAD_SCALE)
+      layers.parameter(self, "head", init, shape[::-1], axes[::-1], dtype)
     x_BTD = embedding_VD[tokens_BT].astype(config.dtype)
     x_BTD = nn.with_logical_constraint(x_BTD, layers.ACTIVATIONS_BTD)
     angles_BTR = layers.rotary_angles(config, positions_BT)
