@@ -20,8 +20,8 @@ from intellect3.inference import protocol
 from intellect3.inference.transport import Transport, TransportError
 
 PAUSE_MODES = ("in_place", "retract", "abort")
-"""`in_place` keeps the cache of running requests, `retract` computes it anew after the pause (so that
-it can be flushed), `abort` ends them with the tokens they have."""
+"""`in_place` keeps the cache of running requests, `retract` computes it anew after the pause (so it
+can be flushed), `abort` ends them with the tokens they have."""
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ class ServerControl:
   async def pause(
     self, mode: str, *, urls: Sequence[str] | None = None
   ) -> dict[str, Outcome[None]]:
-    """Stops generation; requests stay, or end with `abort`. Waits for a probe that is on its way."""
+    """Stops generation; requests stay, or end with `abort`. Waits for a probe on its way."""
     if mode not in PAUSE_MODES:
       raise ValueError(f"mode: expected one of {list(PAUSE_MODES)}, got {mode!r}")
 

@@ -264,10 +264,11 @@ def error_message(body: bytes) -> str:
 
 _ROUNDING = 1e-3
 """A logprob may exceed 0 by the rounding of a low-precision softmax."""
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def _check_logprob(name: str, logprob: float) -> float:
-  if not math.isfinite(logprob) or logprob > _ROUNDING or abs(logprob) > np.finfo(np.float32).max:
+  if not math.isfinite(logprob) or not _LOWEST <= logprob <= _ROUNDING:
     raise ProtocolError(f"{name}: expected a finite logprob of at most 0, got {logprob}")
   return logprob
 

@@ -1,0 +1,158 @@
+"""Simulated servers behind a Transport, and an event loop whose clock jumps instead of waiting.
+
+The model of a fake server is arithmetic: the token at absolute position p is p % 200 with logprob
+-(p + 1) / 1000, whatever the prompt, so that a stitched generation can be told from a wrong one.
+"""
+
+import asyncio
+import collections
+import json
+import selectors
+
+from intellect3.inference.transport import TransportError
+
+VOCAB = 264
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+  """Never waits: what would be a wait moves the loop's clock."""
+
+  elapsed = 0.0
+
+  def select(self, timeout=None):
+    ready = super().select(0)
+    if not ready and timeout is None:
+      raise RuntimeError("deadlock: nothing is scheduled and nothing can arrive")
+    if not ready and timeout > 0:
+      self.elapsed += timeout
+    return ready
+
+
+def run_virtual(coroutine):
+  """Runs a coroutine in virtual time; a deadlock raises. Returns (result, virtual seconds)."""
+  selector = _JumpingSelector()
+  loop = asyncio.SelectorEventLoop(selector)
+  loop.time = lambda: selector.elapsed
+  try:
+    return loop.run_until_complete(coroutine), selector.elapsed
+  finally:
+    loop.close()
+
+
+def token_at(position):
+  return position % 200
+
+
+def logprob_at(position):
+  return -(position + 1) / 1000
+
+
+class FakeServer:
+  """One server: `script` holds what the next generations meet, e.g. `503`, `("abort", 3)`."""
+
+  def __init__(self, version=0, seconds=1.0):
+    self.version = str(version)
+    self.seconds = seconds
+    self.script = collections.deque()
+    self.seen = []
+    self.running = asyncio.Event()
+    self.running.set()
+    self.in_flight = self.most_in_flight = 0
+    self.log = []
+    self.update = None
+    self.score_offset = 0.0
+    self.mutate = None
+
+  async def answer(self, method, path, body, timeout):
+    self.log.append(path)
+    match path:
+      case "/generate":
+        return await self._generate(body)
+      case "/pause_generation":
+        self.running.clear()
+        self.mode = body["mode"]
+        return 200, {"status": "ok"}
+      case "/continue_generation":
+        self.running.set()
+        return 200, {"status": "ok"}
+      case "/update_weights_from_disk":
+        if self.update is not None:
+          return self.update
+        self.version = body["weight_version"]
+        self.flushed = body["flush_cache"]
+        return 200, {"success": True, "message": "ok"}
+      case "/model_info":
+        return 200, {"model_path": "m", "weight_version": self.version}
+      case "/health":
+        await asyncio.sleep(0.5)
+        return (200 if self.running.is_set() else 503), ""
+    return 404, ""
+
+  async def _generate(self, body):
+    self.seen.append(body)
+    self.in_flight += 1
+    self.most_in_flight = max(self.most_in_flight, self.in_flight)
+    try:
+      fault = self.script.popleft() if self.script else None
+      await asyncio.sleep(self.seconds)
+      await self.running.wait()
+      start, count = len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]
+      finish = {"type": "length", "length": count}
+      match fault:
+        case int():
+          return fault, {"error": {"message": "scripted"}}
+        case "drop":
+          raise TransportError("fake", "dropped")
+        case "hang":
+          await asyncio.Event().wait()
+        case ("abort", made):
+          count, finish = made, {"type": "abort", "message": "Aborted", "status_code": None}
+        case ("reject", code):
+          count, finish = 0, {"type": "abort", "message": "too long", "status_code": code}
+      reply = self._reply(body, start, count, finish)
+      if self.mutate is not None:
+        self.mutate(reply)
+      return 200, reply
+    finally:
+      self.in_flight -= 1
+
+  def _reply(self, body, start, count, finish):
+    made = range(start, start + count)
+    inputs = [] if body["logprob_start_len"] < 0 else body["input_ids"]
+    return {
+      "text": "",
+      "output_ids": [token_at(p) for p in made],
+      "meta_info": {
+        "id": body["rid"],
+        "finish_reason": finish,
+        "prompt_tokens": start,
+        "completion_tokens": count,
+        "weight_version": self.version,
+        "weight_versions": [{"version": self.version, "start": 0, "end": count}],
+        "output_token_logprobs": [[logprob_at(p), token_at(p), None] for p in made],
+        "input_token_logprobs": [
+          [logprob_at(p) + self.score_offset if p else None, token, None]
+          for p, token in enumerate(inputs)
+        ],
+      },
+    }
+
+
+class FakeTransport:
+  """Routes requests to fake servers by url; keeps every request. Times out like the real one."""
+
+  def __init__(self, **servers):
+    self.servers = {f"http://{name}": server for name, server in servers.items()}
+
+  async def request(self, method, url, json_body, timeout):
+    base, _, path = url.removeprefix("http://").partition("/")
+    server = self.servers[f"http://{base}"]
+    try:
+      async with asyncio.timeout(timeout):
+        status, answer = await server.answer(method, f"/{path}", json_body, timeout)
+    except TimeoutError:
+      raise TransportError(url, "timeout") from None
+    return status, (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+
+  async def close(self):
+    pass
