@@ -1,4 +1,4 @@
-"""The log's batches: exact under prefetch and resume, checked against the manifest, ended by stop."""
+"""Batches of the log: exact under prefetch and resume, checked against the manifest, stoppable."""
 
 import pathlib
 import threading

@@ -1,0 +1,272 @@
+"""Supervised fine-tuning: the composition root of the warm-up.
+
+    examples -> packed Batch -> train step -> RUN/model (Hugging Face), RUN/checkpoints, RUN/metrics
+
+The same pipeline, step, optimizer and checkpoints as reinforcement learning; only the source of the
+batches and the loss differ.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from intellect3 import telemetry
+from intellect3.losses.supervised import negative_log_likelihood
+from intellect3.models import hf, transformer
+from intellect3.models.config import ModelConfig
+from intellect3.pipeline import iteration, packing, sft_source
+from intellect3.training import checkpoint, flops
+from intellect3.training import state as states
+from intellect3.training.optimizer import Optimizer
+from intellect3.training.step import make_train_step, supervised
+
+Report = Callable[[dict[str, Any]], None]
+
+# Files that whoever starts the run may have put into its directory already.
+_EXPECTED_FILES = {"config.gin", "logs"}
+
+
+def run(
+  *,
+  run_dir: str | os.PathLike[str],
+  example: sft_source.Example,
+  steps: int,
+  examples_per_step: int,
+  row_length: int,
+  micro_rows: int,
+  optimizer: Optimizer,
+  model_config: ModelConfig | None = None,
+  model_path: str | os.PathLike[str] | None = None,
+  model_options: Mapping[str, Any] | None = None,
+  row_counts: Sequence[int] | None = None,
+  loss_fn: Callable[..., Any] = negative_log_likelihood,
+  head_chunk_size: int = 1024,
+  seed: int = 0,
+  checkpoint_every: int | None = None,
+  keep_checkpoints: int = 2,
+  write_tokenizer: Callable[[pathlib.Path], None] | None = None,
+  resume: bool = False,
+  stop: threading.Event | None = None,
+  report: Report | None = None,
+) -> dict[str, Any]:
+  """Trains a model on examples and exports it.
+
+  Args:
+    run_dir: where everything goes: `metrics/sft.jsonl`, `checkpoints/`, `model/`, `summary.json`.
+    example: the examples by number; see `pipeline.examples`.
+    steps: optimizer steps in all.
+    examples_per_step: examples in each step's batch.
+    row_length: tokens of a packed row; an example that is longer is an error.
+    micro_rows: rows of a micro-batch.
+    optimizer: see `training.optimizer`.
+    model_config: a fresh model of this description, initialised from `seed`; or
+    model_path: a Hugging Face directory to start from (its tokenizer is exported along).
+    model_options: fields of ModelConfig to change (dtype, remat_policy, ...);
+      parameters are float32 in any case.
+    row_counts: allowed numbers of rows of a batch; None: `micro_rows` times the powers of two.
+    loss_fn: `(logprobs, loss_mask, *, denominator) -> (loss, metrics)`.
+    head_chunk_size: tokens per chunk of the vocabulary head.
+    seed: of the initial parameters.
+    checkpoint_every: steps between checkpoints; None saves only the last step.
+    keep_checkpoints: how many to keep.
+    write_tokenizer: writes tokenizer files into the exported model's directory.
+    resume: go on from the last whole checkpoint of `run_dir`.
+    stop: ends the run after the step in progress, with a checkpoint and without an export.
+    report: called with each metrics row; None prints a line now and then.
+
+  Returns:
+    The summary, as in `summary.json`: `loss_start`, `loss_end`, `steps`, `tokens_per_second` (of
+    tokens trained on or conditioned on, without padding, compilation aside), `wall_seconds`,
+    `stopped`.
+
+  Raises:
+    ValueError: `run_dir` holds a run and `resume` is off, both or neither of `model_config` and
+      `model_path`, or a bad number.
+  """
+  began = time.monotonic()
+  run_dir = pathlib.Path(run_dir)
+  if (model_config is None) == (model_path is None):
+    raise ValueError("model_config, model_path: expected exactly one of the two")
+  for field, value in (("steps", steps), ("checkpoint_every", checkpoint_every or 1)):
+    if value < 1:
+      raise ValueError(f"{field}: expected at least 1, got {value}")
+  if not resume and run_dir.exists():
+    found = sorted({entry.name for entry in run_dir.iterdir()} - _EXPECTED_FILES)
+    if found:
+      raise ValueError(f"run_dir: expected none, or resume; got {run_dir} with {', '.join(found)}")
+  config, make_state = _initial_state(
+    model_config, model_path, model_options or {}, optimizer, seed
+  )
+  train_step = jax.jit(
+    make_train_step(
+      config,
+      supervised(loss_fn),
+      optimizer,
+      micro_rows=micro_rows,
+      head_chunk_size=head_chunk_size,
+    ),
+    donate_argnums=0,
+  )
+  stop = stop or threading.Event()
+  batches = sft_source.batches(
+    example,
+    examples_per_step=examples_per_step,
+    first_step=1,
+    last_step=steps,
+    row_length=row_length,
+    micro_rows=micro_rows,
+    row_counts=row_counts,
+    stop=stop,
+  )
+  with (
+    batches,
+    checkpoint.Checkpointer(run_dir / "checkpoints", keep=keep_checkpoints) as checkpoints,
+    telemetry.MetricsWriter(run_dir, "sft") as metrics,
+  ):
+    state = make_state()
+    if resume and checkpoints.latest_step() is not None:
+      state = checkpoints.restore(state, batches).state
+    metrics.truncate_after(int(state.step))
+    rows = _Rows(metrics, config, steps, report or _print_row)
+    state = _train(train_step, state, batches, checkpoints, checkpoint_every, rows)
+    stopped = int(state.step) < steps
+  if not stopped:
+    _export(run_dir / "model", config, state.params, model_path, write_tokenizer)
+  summary = _summary(run_dir, int(state.step), stopped, time.monotonic() - began)
+  (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+  return summary
+
+
+def _initial_state(
+  model_config: ModelConfig | None,
+  model_path: str | os.PathLike[str] | None,
+  model_options: Mapping[str, Any],
+  optimizer: Optimizer,
+  seed: int,
+) -> tuple[ModelConfig, Callable[[], states.TrainState]]:
+  if model_config is not None:
+    config = dataclasses.replace(model_config, **model_options)
+    make = jax.jit(lambda: states.create(transformer.init(config, jax.random.key(seed)), optimizer))
+    return config, make
+  assert model_path is not None
+  config, params = hf.load(model_path, dtype="float32")
+  return dataclasses.replace(config, **model_options), lambda: jax.jit(
+    lambda params: states.create(params, optimizer)
+  )(params)
+
+
+def _train(
+  train_step: Callable[..., Any],
+  state: states.TrainState,
+  batches: iteration.BatchIterator,
+  checkpoints: checkpoint.Checkpointer,
+  checkpoint_every: int | None,
+  rows: "_Rows",
+) -> states.TrainState:
+  """Takes every batch, with a checkpoint now and then and after the last one."""
+  saved = done = int(state.step)
+  for batch in batches:
+    state, metrics = train_step(state, batch)
+    done = int(batch.step)
+    rows.add(done, batch, metrics)
+    if checkpoint_every is not None and done % checkpoint_every == 0:
+      rows.flush()
+      checkpoints.save(state, batches)
+      saved = done
+  rows.flush()
+  if done > saved:
+    checkpoints.save(state, batches)
+  return state
+
+
+class _Rows:
+  """Writes each step's metrics one step late, so that fetching them does not hold up the device."""
+
+  def __init__(
+    self, writer: telemetry.MetricsWriter, config: ModelConfig, steps: int, report: Report
+  ):
+    self._writer, self._config, self._steps, self._report = writer, config, steps, report
+    self._peak = flops.peak_flops()
+    self._pending: tuple[int, packing.Batch, Any] | None = None
+    self._last = time.monotonic()
+    self._warm = False
+
+  def add(self, step: int, batch: packing.Batch, metrics: Any) -> None:
+    self.flush()
+    self._pending = (step, batch, metrics)
+
+  def flush(self) -> None:
+    if self._pending is None:
+      return
+    step, batch, metrics = self._pending
+    self._pending = None
+    values = jax.device_get(metrics)
+    now = time.monotonic()
+    seconds, self._last = max(now - self._last, 1e-9), now
+    real = batch.segment_ids > 0
+    tokens = int(real.sum())
+    work = flops.train_flops(
+      self._config, tokens=tokens, attended_pairs=int((batch.positions[real] + 1).sum())
+    )
+    row = {
+      "steps": self._steps,
+      **values,
+      "tokens": tokens,
+      "loss_tokens": int(batch.loss_tokens),
+      "rows": len(batch.tokens),
+      "padding_share": 1.0 - tokens / batch.tokens.size,
+      "seconds": seconds,
+      "tokens_per_second": tokens / seconds,
+      "mfu": flops.mfu(work, seconds, self._peak, jax.device_count()),
+      # The first step of a process compiles, and so does a new number of rows.
+      "compiled": not self._warm,
+    }
+    self._warm = True
+    self._writer.write(step, row)
+    self._report({"step": step, **row})
+
+
+def _print_row(row: dict[str, Any]) -> None:
+  every = max(row["steps"] // 20, 1)
+  if row["step"] % every == 0 or row["step"] in (1, row["steps"]):
+    print(
+      f"sft step {row['step']}/{row['steps']}  loss {row['loss']:.4f}  "
+      f"grad_norm {row['grad_norm']:.3f}  tokens/s {row['tokens_per_second']:,.0f}",
+      flush=True,
+    )
+
+
+def _export(
+  directory: pathlib.Path,
+  config: ModelConfig,
+  params: Any,
+  tokenizer_from: str | os.PathLike[str] | None,
+  write_tokenizer: Callable[[pathlib.Path], None] | None,
+) -> None:
+  hf.save(directory, config, jax.device_get(params), tokenizer_from=tokenizer_from)
+  if write_tokenizer is not None:
+    write_tokenizer(directory)
+
+
+def _summary(
+  run_dir: pathlib.Path, steps: int, stopped: bool, wall_seconds: float
+) -> dict[str, Any]:
+  rows = telemetry.read_metrics(telemetry.metrics_path(run_dir, "sft"))
+  warm = [row for row in rows if not row["compiled"]]
+  seconds = float(np.sum([row["seconds"] for row in warm]))
+  return {
+    "loss_start": rows[0]["loss"] if rows else None,
+    "loss_end": rows[-1]["loss"] if rows else None,
+    "steps": steps,
+    "tokens_per_second": sum(row["tokens"] for row in warm) / seconds if warm else None,
+    "wall_seconds": wall_seconds,
+    "stopped": stopped,
+  }

@@ -1,0 +1,255 @@
+"""Optimizers: AdamW, and Muon for the hidden matrices with AdamW for everything else.
+
+Which parameter gets which update follows from its name (see `ROLES`), so that an optimizer can be
+configured before a model exists. A name that no rule knows is an error. The router's correction
+bias (`e_score_correction_bias`) is frozen: no gradient, no decay, no optimizer state, and it takes
+no part in the gradient's norm.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from intellect3.training import schedule
+from intellect3.training.schedule import Schedule
+
+Path = Sequence[Any]
+Role = Literal["matrix", "table", "router", "vector", "frozen"]
+
+ROLES: dict[tuple[str, ...], tuple[Role, tuple[int, ...]]] = {
+  ("embedding",): ("table", ()),
+  ("head",): ("table", ()),
+  ("scale",): ("vector", ()),
+  ("bias",): ("vector", ()),
+  ("correction_bias",): ("frozen", ()),
+  ("router", "kernel"): ("router", ()),
+  ("q", "kernel"): ("matrix", (-3,)),  # [embed, heads, head_dim]
+  ("k", "kernel"): ("matrix", (-3,)),
+  ("v", "kernel"): ("matrix", (-3,)),
+  ("o", "kernel"): ("matrix", (-3, -2)),  # [heads, head_dim, embed]
+  ("gate", "kernel"): ("matrix", (-2,)),
+  ("up", "kernel"): ("matrix", (-2,)),
+  ("down", "kernel"): ("matrix", (-2,)),
+  ("experts", "gate"): ("matrix", (-2,)),
+  ("experts", "up"): ("matrix", (-2,)),
+  ("experts", "down"): ("matrix", (-2,)),
+}
+"""The last names of a parameter's path (two before one) -> its role and, of a matrix, its input
+axes from the end; the axes after the first of them that are no inputs are outputs, those before it
+stacks (layers, experts)."""
+
+
+class Optimizer(NamedTuple):
+  """An optax gradient transformation that also tells its learning rate.
+
+  Attributes:
+    init: params -> state.
+    update: (gradients, state, params) -> (updates, state).
+    learning_rate: updates made so far -> the (first) learning rate of the next.
+  """
+
+  init: Callable[[Any], Any]
+  update: Callable[..., tuple[Any, Any]]
+  learning_rate: Schedule
+
+
+def adamw(
+  *,
+  learning_rate: float | Schedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = 1.0,
+) -> Optimizer:
+  """AdamW (Loshchilov and Hutter, arXiv 1711.05101) after clipping by the global norm.
+
+  Args:
+    learning_rate: a number or a schedule.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: times the learning rate, on matrices, tables and routers only: not on norms and
+      biases.
+    clip_norm: largest global norm of the gradient; None does not clip.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  rate = _schedule("learning_rate", learning_rate)
+  _check_adam(b1, b2, eps, weight_decay)
+  update = optax.partition(
+    {
+      "decayed": optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+      "plain": optax.adam(rate, b1=b1, b2=b2, eps=eps),
+      "frozen": optax.set_to_zero(),
+    },
+    lambda params: _labels(params, {"vector": "plain", "frozen": "frozen"}, "decayed"),
+  )
+  return _clipped(update, clip_norm, rate)
+
+
+def muon(
+  *,
+  learning_rate: float | Schedule,
+  momentum: float = 0.95,
+  newton_schulz_steps: int = 5,
+  consistent_rms: float = 0.2,
+  adam_learning_rate: float | Schedule | None = None,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = 1.0,
+) -> Optimizer:
+  """Muon on the hidden matrices, AdamW on embedding, head, router, norms and biases.
+
+  Muon: Jordan et al., 2024, with Nesterov momentum and five Newton-Schulz steps
+  (`optax.contrib.scale_by_muon`). Every matrix of a stack `[layers, ...]` or
+  `[layers, experts, ...]` is orthogonalised on its own; heads and head_dim count as one dimension.
+  Updates are scaled by `consistent_rms * sqrt(max(fan_in, fan_out))` so that a learning rate found
+  for AdamW fits (Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982).
+
+  Args:
+    learning_rate: of Muon, a number or a schedule.
+    momentum: decay of Muon's momentum.
+    newton_schulz_steps: steps of the orthogonalisation.
+    consistent_rms: root mean square of an update at learning rate 1.
+    adam_learning_rate: of AdamW; None takes `learning_rate`.
+    b1: AdamW's decay of the first moment.
+    b2: AdamW's decay of the second moment.
+    eps: AdamW's.
+    weight_decay: times the learning rate, on all but norms and biases.
+    clip_norm: largest global norm of the gradient; None does not clip.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  rate = _schedule("learning_rate", learning_rate)
+  adam_rate = rate
+  if adam_learning_rate is not None:
+    adam_rate = _schedule("adam_learning_rate", adam_learning_rate)
+  _check_adam(b1, b2, eps, weight_decay)
+  _check_range("momentum", momentum, 0.0, 1.0)
+  if newton_schulz_steps < 1:
+    raise ValueError(f"newton_schulz_steps: expected at least 1, got {newton_schulz_steps}")
+  if not consistent_rms > 0.0:
+    raise ValueError(f"consistent_rms: expected more than 0, got {consistent_rms}")
+  update = optax.partition(
+    {
+      "muon": optax.chain(
+        optax.contrib.scale_by_muon(
+          ns_steps=newton_schulz_steps,
+          beta=momentum,
+          weight_dimension_numbers=_dimension_numbers,
+        ),
+        _scale_by_fans(consistent_rms),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rate),
+      ),
+      "decayed": optax.adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+      "plain": optax.adam(adam_rate, b1=b1, b2=b2, eps=eps),
+      "frozen": optax.set_to_zero(),
+    },
+    lambda params: _labels(
+      params, {"matrix": "muon", "vector": "plain", "frozen": "frozen"}, "decayed"
+    ),
+  )
+  return _clipped(update, clip_norm, rate)
+
+
+def role(path: Path) -> Role:
+  """What a parameter is, by the names of its path.
+
+  Args:
+    path: the keys from the root of the parameters to the leaf, as
+      `jax.tree_util.tree_map_with_path` gives them.
+
+  Raises:
+    ValueError: a name that `ROLES` does not know.
+  """
+  return _matched(path)[0]
+
+
+def without_frozen(tree: Any) -> Any:
+  """The tree with zeros in place of the frozen parameters."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.zeros_like(leaf) if role(path) == "frozen" else leaf, tree
+  )
+
+
+def _matched(path: Path) -> tuple[Role, tuple[int, ...]]:
+  names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+  for length in (2, 1):
+    found = ROLES.get(names[-length:])
+    if found is not None:
+      return found
+  raise ValueError(f"params: expected a name that training.optimizer knows, got {'/'.join(names)}")
+
+
+def _labels(params: Any, labels: dict[str, str], otherwise: str) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: labels.get(role(path), otherwise), params)
+
+
+def _dimension_numbers(params: Any) -> Any:
+  """Muon's dimensions of each matrix; `params` holds matrices only (others are masked)."""
+
+  def numbers(path: Path, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+    inputs = _matched(path)[1]
+    outputs = tuple(axis for axis in range(min(inputs), 0) if axis not in inputs)
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+  return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _scale_by_fans(consistent_rms: float) -> optax.GradientTransformation:
+  def scale(path: Path, leaf: jax.Array) -> jax.Array:
+    inputs = _matched(path)[1]
+    fan_in = math.prod(leaf.shape[axis] for axis in inputs)
+    fan_out = math.prod(leaf.shape[min(inputs) :]) // fan_in
+    return leaf * (consistent_rms * math.sqrt(max(fan_in, fan_out)))
+
+  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _clipped(
+  update: optax.GradientTransformation, clip_norm: float | None, rate: Schedule
+) -> Optimizer:
+  if clip_norm is not None and not clip_norm > 0.0:
+    raise ValueError(f"clip_norm: expected more than 0 or None, got {clip_norm}")
+  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+  zeroed = optax.stateless(lambda updates, _: without_frozen(updates))
+  chain = optax.chain(zeroed, clip, update)
+  return Optimizer(chain.init, chain.update, rate)
+
+
+def _schedule(field: str, rate: float | Schedule) -> Schedule:
+  if callable(rate):
+    return rate
+  if not rate > 0.0:
+    raise ValueError(f"{field}: expected more than 0, got {rate}")
+  return schedule.constant(rate)
+
+
+def _check_adam(b1: float, b2: float, eps: float, weight_decay: float) -> None:
+  _check_range("b1", b1, 0.0, 1.0)
+  _check_range("b2", b2, 0.0, 1.0)
+  if not eps > 0.0:
+    raise ValueError(f"eps: expected more than 0, got {eps}")
+  if not weight_decay >= 0.0:
+    raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+  if not low <= value < high:
+    raise ValueError(f"{field}: expected at least {low} and less than {high}, got {value}")

@@ -1,0 +1,201 @@
+"""The train step: (state, batch) -> (state, metrics), pure.
+
+A batch's rows are taken in micro-batches of `micro_rows` rows, one after the other; gradients and
+metrics are sums over tokens divided by the global denominator `batch.loss_tokens`, so they add up
+and depend neither on the micro-batching nor on the packing (contract 5). Reinforcement learning and
+supervised fine-tuning differ in the loss function alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from intellect3.models.config import ModelConfig
+from intellect3.training import optimizer as optimizers
+from intellect3.training import scoring
+from intellect3.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+class PackedBatch(Protocol):
+  """The fields of `pipeline.packing.Batch` that a step reads; `[rows, length]` but the last."""
+
+  tokens: Any
+  loss_mask: Any
+  inference_logprobs: Any
+  advantages: Any
+  temperature: Any
+  segment_ids: Any
+  positions: Any
+  loss_tokens: Any
+
+
+class Loss(Protocol):
+  """A loss over `[B, T]` arrays: sums over masked tokens divided by `denominator`."""
+
+  def __call__(
+    self,
+    logprobs: jax.Array,
+    inference_logprobs: jax.Array,
+    advantages: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    denominator: jax.Array | None,
+  ) -> tuple[jax.Array, Metrics]:
+    """Returns the loss and its metrics."""
+    ...
+
+
+_ROW_FIELDS = (
+  "tokens",
+  "loss_mask",
+  "inference_logprobs",
+  "advantages",
+  "temperature",
+  "segment_ids",
+  "positions",
+)
+
+
+def supervised(loss_fn: Callable[..., tuple[jax.Array, Metrics]]) -> Loss:
+  """Makes a supervised loss `(logprobs, loss_mask, *, denominator)` one of this step's losses."""
+
+  def loss(
+    logprobs: jax.Array,
+    inference_logprobs: jax.Array,
+    advantages: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    segment_ids: jax.Array | None,
+    denominator: jax.Array | None,
+  ) -> tuple[jax.Array, Metrics]:
+    del inference_logprobs, advantages, segment_ids
+    return loss_fn(logprobs, loss_mask, denominator=denominator)
+
+  return loss
+
+
+def make_train_step(
+  model_config: ModelConfig,
+  loss_fn: Loss,
+  optimizer: optimizers.Optimizer,
+  *,
+  micro_rows: int,
+  head_chunk_size: int,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+  """Makes the train step.
+
+  Args:
+    model_config: the model.
+    loss_fn: see `Loss`; `losses.policy_gradient`'s functions are, `supervised` makes one.
+    optimizer: see `training.optimizer`.
+    micro_rows: rows per micro-batch; the batch's rows must be a multiple of it.
+    head_chunk_size: tokens per chunk of the vocabulary head.
+
+  Returns:
+    (state, batch) -> (state, metrics), to be jitted by the caller with the state donated. Metrics
+    are float32 scalars: `loss`, the loss function's own, `entropy` (mean over loss-masked tokens,
+    nats), `grad_norm` (before clipping), `learning_rate`, and in a mixture of experts
+    `max_violation` (over the layers' max(load) / mean(load) - 1) beside the arrays
+    `max_violation_L` and `expert_load_LE` (tokens).
+
+  Raises:
+    ValueError: rows that are no multiple of `micro_rows`, when traced.
+  """
+  gradients = make_gradient_fn(
+    model_config, loss_fn, micro_rows=micro_rows, head_chunk_size=head_chunk_size
+  )
+
+  def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+    grads, metrics = gradients(state.params, batch)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_gradient_fn(
+  model_config: ModelConfig, loss_fn: Loss, *, micro_rows: int, head_chunk_size: int
+) -> Callable[[Any, Any], tuple[Any, Metrics]]:
+  """Makes (params, batch) -> (gradients, metrics), the first half of a train step.
+
+  Args:
+    model_config: the model.
+    loss_fn: see `Loss`.
+    micro_rows: rows per micro-batch.
+    head_chunk_size: tokens per chunk of the vocabulary head.
+
+  Returns:
+    The function. Gradients are those of the loss over the whole batch, in the parameters' dtype,
+    zero for frozen parameters.
+  """
+  if micro_rows < 1:
+    raise ValueError(f"micro_rows: expected at least 1, got {micro_rows}")
+
+  def micro_loss(params: Any, rows: dict[str, jax.Array], denominator: jax.Array):
+    scores = scoring.score(
+      model_config,
+      params,
+      rows["tokens"],
+      rows["positions"],
+      rows["segment_ids"],
+      rows["temperature"],
+      head_chunk_size=head_chunk_size,
+    )
+    mask = rows["loss_mask"] & scores.scored
+    loss, metrics = loss_fn(
+      scores.logprobs,
+      rows["inference_logprobs"],
+      rows["advantages"],
+      mask,
+      segment_ids=rows["segment_ids"],
+      denominator=denominator,
+    )
+    sums = dict(metrics)
+    sums["loss"] = loss
+    sums["entropy"] = jnp.sum(jnp.where(mask, scores.entropy, 0.0)) / denominator
+    if scores.expert_load_LE.size:
+      sums["expert_load_LE"] = scores.expert_load_LE
+    return loss, jax.lax.stop_gradient(sums)
+
+  def gradient_fn(params: Any, batch: PackedBatch) -> tuple[Any, Metrics]:
+    micro = {name: _split(getattr(batch, name), micro_rows) for name in _ROW_FIELDS}
+    denominator = batch.loss_tokens.astype(jnp.float32)
+    gradient = jax.grad(micro_loss, has_aux=True)
+    first = {name: array[0] for name, array in micro.items()}
+    _, shapes = jax.eval_shape(gradient, params, first, denominator)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def add(carry: tuple[Any, Metrics], rows: dict[str, jax.Array]):
+      return jax.tree.map(jnp.add, carry, gradient(params, rows, denominator)), None
+
+    (grads, metrics), _ = jax.lax.scan(add, (zeros, metrics), micro)
+    if "expert_load_LE" in metrics:
+      load_LE = metrics["expert_load_LE"]
+      mean_L = jnp.maximum(load_LE.mean(axis=1), 1e-9)
+      metrics["max_violation_L"] = load_LE.max(axis=1) / mean_L - 1.0
+      metrics["max_violation"] = metrics["max_violation_L"].max()
+    return optimizers.without_frozen(grads), metrics
+
+  return gradient_fn
+
+
+def _split(array: jax.Array, micro_rows: int) -> jax.Array:
+  """[rows, T] -> [micro-batches, micro_rows, T].
+
+  Micro-batch i takes rows i, i + n, i + 2n, ...: where the rows lie in blocks over devices, every
+  device then holds its share of every micro-batch, and nothing has to move.
+  """
+  rows, length = array.shape
+  if rows % micro_rows:
+    raise ValueError(f"rows: expected a multiple of micro_rows = {micro_rows}, got {rows}")
+  return array.reshape(micro_rows, rows // micro_rows, length).swapaxes(0, 1)

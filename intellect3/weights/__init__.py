@@ -1,0 +1,1 @@
+"""Publishing weights to the inference servers: atomic directories, manifests, fingerprints."""

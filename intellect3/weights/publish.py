@@ -1,0 +1,144 @@
+"""Publishing a version of the weights: written aside, flushed to disk, then renamed into place.
+
+Between the train step and the inference servers. Whoever sees `v_000001` sees all of it.
+"""
+
+import os
+import pathlib
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from intellect3.models import config as model_configs
+from intellect3.models import hf
+from intellect3.weights import manifest as manifests
+
+_ASIDE = ".writing_"
+
+
+def publish(
+  weights_dir: str | os.PathLike[str],
+  version: int,
+  config: model_configs.ModelConfig,
+  params: Any,
+  *,
+  canary_ids: Sequence[int],
+  canary_logprobs: Sequence[float],
+  keep: int,
+  dtype: str | None = None,
+  tokenizer_from: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
+  """Publishes the weights as Hugging Face safetensors with a manifest, and prunes old versions.
+
+  Args:
+    weights_dir: where the versions live.
+    version: of these weights. One that is there already (a resumed run does its steps again) is
+      replaced.
+    config: the model's.
+    params: the model's parameters; jax or NumPy arrays.
+    canary_ids: a prompt on which servers are compared with the trainer.
+    canary_logprobs: the trainer's logprobs of those ids under these weights.
+    keep: how many versions to keep, this one included, at least 1.
+    dtype: of the stored tensors; None keeps each as it is.
+    tokenizer_from: a model directory whose tokenizer files are copied along.
+
+  Returns:
+    The version's directory.
+
+  Raises:
+    ValueError: a negative version, `keep` below 1, or a canary whose lengths differ.
+  """
+  if version < 0:
+    raise ValueError(f"version: expected at least 0, got {version}")
+  if keep < 1:
+    raise ValueError(f"keep: expected at least 1, got {keep}")
+  if len(canary_ids) != len(canary_logprobs):
+    raise ValueError(
+      f"canary_logprobs: expected {len(canary_ids)}, one per canary id, got {len(canary_logprobs)}"
+    )
+  root = pathlib.Path(weights_dir)
+  root.mkdir(parents=True, exist_ok=True)
+  aside = root / f"{_ASIDE}{version:06d}_{uuid.uuid4().hex[:8]}"
+  target = manifests.version_directory(root, version)
+  try:
+    hf.save(aside, config, params, dtype=dtype, tokenizer_from=tokenizer_from)
+    _write_manifest(aside, version, canary_ids, canary_logprobs)
+    for path in sorted(aside.rglob("*")):
+      _flush(path)
+    _flush(aside)
+    _move_into_place(aside, target)
+  except BaseException:
+    shutil.rmtree(aside, ignore_errors=True)
+    raise
+  _flush(root)
+  prune(root, keep=keep)
+  return target
+
+
+def prune(weights_dir: str | os.PathLike[str], *, keep: int) -> list[int]:
+  """Removes all but the newest `keep` versions, and what crashed writers left; returns the removed.
+
+  Call it only from the one process that publishes.
+  """
+  root = pathlib.Path(weights_dir)
+  old = manifests.versions(root)[:-keep]
+  _remove(root, old)
+  return old
+
+
+def discard_after(weights_dir: str | os.PathLike[str], version: int) -> list[int]:
+  """Removes the versions newer than `version`, which a run resumed from there makes anew."""
+  root = pathlib.Path(weights_dir)
+  newer = [found for found in manifests.versions(root) if found > version]
+  _remove(root, newer)
+  return newer
+
+
+def _remove(root: pathlib.Path, versions: Sequence[int]) -> None:
+  for version in versions:
+    # Renamed first: nobody may see a version with half of its files.
+    gone = root / f"{_ASIDE}{version:06d}_{uuid.uuid4().hex[:8]}"
+    os.rename(manifests.version_directory(root, version), gone)
+  for left in root.glob(f"{_ASIDE}*"):
+    shutil.rmtree(left)
+
+
+def _write_manifest(
+  directory: pathlib.Path, version: int, ids: Sequence[int], logprobs: Sequence[float]
+) -> None:
+  files = sorted(path for path in directory.iterdir() if path.is_file())
+  tensors = [path for path in files if path.suffix == ".safetensors"]
+  fingerprints: dict[str, int] = {}
+  dtypes: Counter[str] = Counter()
+  for path in tensors:
+    fingerprints |= manifests.tensor_fingerprints(path)
+    dtypes.update(manifests.tensor_dtypes(path).values())
+  manifest = manifests.WeightsManifest(
+    version=version,
+    files=[manifests.WeightsFile(file=path.name, bytes=path.stat().st_size) for path in files],
+    fingerprints=fingerprints,
+    dtype=dtypes.most_common(1)[0][0],
+    canary_ids=[int(token) for token in ids],
+    canary_logprobs=[float(logprob) for logprob in logprobs],
+  )
+  data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+  (directory / manifests.MANIFEST).write_bytes(data)
+
+
+def _move_into_place(aside: pathlib.Path, target: pathlib.Path) -> None:
+  if target.exists():
+    os.rename(target, target.parent / f"{_ASIDE}{target.name}_{uuid.uuid4().hex[:8]}")
+  os.rename(aside, target)
+
+
+def _flush(path: pathlib.Path) -> None:
+  """Waits until a file's bytes, or a directory's entries, are on disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
