@@ -227,8 +227,6 @@ class Orchestrator:
     while scheduler.version < self._steps:
       await self._sync(scheduler.version)
       self._pump()
-    self._collecting = False
-    self._cancel_all("run complete")
     if self._evaluation_tasks:
       await self._evaluate()
     self._ports.status("done", scheduler.accounting.counts())
@@ -335,6 +333,9 @@ class Orchestrator:
       return
     scheduler = self._scheduler
     assert scheduler is not None
+    if not all(scheduler.accounting.is_open(rollout_id) for rollout_id in plan.advantages):
+      logger.warning("the batch of step %d is planned again: it lost rollouts", plan.step)
+      return
     scheduler.commit(plan)
     metrics = self._window.close(plan, scheduler, loop.time())
     await self._ports.commit(reports.manifest(plan, shards, metrics, scheduler.state()))
@@ -348,6 +349,9 @@ class Orchestrator:
       self._fail(f"committing a batch failed: {task.exception()}")
       return
     self._pump()
+    if self._scheduler is not None and self._scheduler.next_step > self._steps:
+      self._collecting = False
+      self._cancel_all("run complete")
 
   # Evaluation.
 
@@ -357,7 +361,7 @@ class Orchestrator:
     version = self._scheduler.version
     self._ports.status("evaluating", {"version": version})
     loop = asyncio.get_running_loop()
-    futures = []
+    futures: list[asyncio.Future[messages.RolloutSummary]] = []
     for key, size in sorted(self._sizes.items()):
       environment, _, split = key.rpartition("/")
       for index in range(min(self._evaluation_tasks, size) if split == "eval" else 0):

@@ -36,7 +36,7 @@ class Window:
     """The metrics row of the step just committed; begins the next window."""
     seconds = now - self._started
     sampled = sum(summary.sampled_tokens for summary in self._finished)
-    scored = [summary for summary in self._finished if summary.reward is not None]
+    scored = [s for s in self._finished if s.reward is not None]
     row: dict[str, float] = {
       "collect_seconds": seconds,
       "sampled_tokens": sampled,
@@ -48,11 +48,8 @@ class Window:
       **_stale_by_length(scheduler.take_ended_lengths()),
     }
     if scored:  # all rewards that came in, also of groups that the filters kept out of the batch
-      row["reward"] = float(np.mean([summary.reward for summary in scored]))
       row["rollout_seconds"] = statistics.median(summary.seconds for summary in scored)
-      for name in sorted({summary.environment for summary in scored}):
-        rewards = [summary.reward for summary in scored if summary.environment == name]
-        row[f"reward/{name}"] = float(np.mean(rewards))
+      row |= _rewards(scored)
     if self._syncs:
       row["weight_sync_seconds"] = statistics.median(self._syncs)
     self.start(now)
@@ -63,7 +60,7 @@ def _batch_metrics(plan: BatchPlan) -> dict[str, float]:
   staleness = [plan.step - 1 - summary.oldest_version for summary in plan.summaries]
   spanning = sum(s.newest_version > s.oldest_version for s in plan.summaries)
   return {
-    "batch_reward": float(np.mean([summary.reward for summary in plan.summaries])),
+    "batch_reward": _rewards(plan.summaries)["reward"],
     "batch_rollouts": float(len(plan.summaries)),
     "batch_tokens": float(sum(sum(summary.lengths) for summary in plan.summaries)),
     "staleness_mean": float(np.mean(staleness)),
@@ -113,9 +110,13 @@ def evaluation(summaries: Sequence[messages.RolloutSummary]) -> dict[str, float]
   """Mean reward, overall and per environment; failed attempts are counted, never scored 0."""
   scored = [summary for summary in summaries if summary.reward is not None]
   row = {"tasks": float(len(summaries)), "errored": float(len(summaries) - len(scored))}
-  if scored:
-    row["reward"] = float(np.mean([summary.reward for summary in scored]))
-  for name in sorted({summary.environment for summary in scored}):
-    rewards = [summary.reward for summary in scored if summary.environment == name]
-    row[f"reward/{name}"] = float(np.mean(rewards))
-  return row
+  return row | (_rewards(scored) if scored else {})
+
+
+def _rewards(scored: Sequence[messages.RolloutSummary]) -> dict[str, float]:
+  """Mean reward, overall and by environment."""
+  by_name: dict[str, list[float]] = {}
+  for summary in scored:
+    by_name.setdefault(summary.environment, []).append(summary.reward or 0.0)
+  row = {f"reward/{name}": float(np.mean(rewards)) for name, rewards in sorted(by_name.items())}
+  return {"reward": float(np.mean([r for rewards in by_name.values() for r in rewards])), **row}

@@ -1,0 +1,301 @@
+"""The trainer role: batches of the RolloutLog -> train steps -> published weights, checkpoints.
+
+A pure function of (initial weights, configuration, RolloutLog): it never sees a server or an
+environment. It reads step n's batch, makes weights v(n), publishes them and says so.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from intellect3 import telemetry, types
+from intellect3.models import hf, transformer
+from intellect3.models.config import ModelConfig
+from intellect3.pipeline import placement, rollout_source
+from intellect3.pipeline.shards import read_manifest
+from intellect3.rl.roles import Main, NotStarted, Shared
+from intellect3.sharding import mesh as mesh_lib
+from intellect3.sharding import rules, specs
+from intellect3.training import checkpoint, flops, scoring, step
+from intellect3.training import optimizer as optimizers
+from intellect3.training import state as states
+from intellect3.weights import manifest as manifests
+from intellect3.weights import publish
+
+logger = logging.getLogger(__name__)
+
+
+def trainer(
+  shared: Shared,
+  *,
+  loss_fn: step.Loss,
+  optimizer: optimizers.Optimizer,
+  row_length: int,
+  micro_rows: int,
+  row_counts: Sequence[int] | None = None,
+  head_chunk_size: int = 1024,
+  mesh: Mapping[str, int] | None = None,
+  model_options: Mapping[str, Any] | None = None,
+  weights_dtype: str | None = None,
+  keep_weights: int = 4,
+  canary_tokens: int = 16,
+  checkpoint_every: int = 50,
+  keep_checkpoints: int = 2,
+) -> Main:
+  """Builds the trainer.
+
+  Args:
+    shared: what the roles share.
+    loss_fn: of `losses.policy_gradient`, its hyperparameters bound.
+    optimizer: of `training.optimizer`.
+    row_length: tokens of a packed row; no trajectory may be longer.
+    micro_rows: rows of a micro-batch.
+    row_counts: numbers of rows that a step may be padded to; by default powers of two times
+      `micro_rows`.
+    head_chunk_size: tokens per chunk of the vocabulary head.
+    mesh: sizes of the mesh axes (`data`, `fsdp`, `expert`, `context`, `tensor`); all devices on
+      `fsdp` by default.
+    model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
+    weights_dtype: dtype of published weights; None keeps that of the parameters.
+    keep_weights: published versions kept.
+    canary_tokens: length of the prompt on which servers are compared with the trainer.
+    checkpoint_every: steps between checkpoints; the last step is always saved.
+    keep_checkpoints: checkpoints kept.
+
+  Raises:
+    NotStarted, ValueError: a parameter, or the model directory, is not fit.
+  """
+  for field, value in (
+    ("row_length", row_length),
+    ("micro_rows", micro_rows),
+    ("head_chunk_size", head_chunk_size),
+    ("checkpoint_every", checkpoint_every),
+  ):
+    if value < 1:
+      raise NotStarted(f"trainer.{field}: expected at least 1, got {value}")
+  if canary_tokens < 2:
+    raise NotStarted(f"trainer.canary_tokens: expected at least 2, got {canary_tokens}")
+  checked = hf.check(shared.model_path, **(model_options or {}))
+  if shared.renderer.vocab_size > checked.vocab_size:
+    raise NotStarted(
+      f"renderer: expected at most the model's {checked.vocab_size} ids, "
+      f"got {shared.renderer.vocab_size}"
+    )
+
+  def main() -> None:
+    axes = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
+    device_mesh = mesh_lib.make_mesh(**axes)
+    placement.check_rows(device_mesh, micro_rows)
+    config, params = hf.load(shared.model_path, **(model_options or {}))
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(jax.set_mesh(device_mesh))
+      state = _initial_state(config, params, optimizer, device_mesh)
+      stop = threading.Event()
+      batches = stack.enter_context(
+        contextlib.closing(
+          rollout_source.batches(
+            shared.log_dir,
+            first_step=1,
+            last_step=shared.steps,
+            row_length=row_length,
+            micro_rows=micro_rows,
+            row_counts=row_counts,
+            stop=stop,
+            wait=_wait_for_manifest(shared),
+          )
+        )
+      )
+      stack.callback(stop.set)
+      checkpoints = stack.enter_context(
+        checkpoint.Checkpointer(shared.checkpoint_dir, keep=keep_checkpoints)
+      )
+      writer = stack.enter_context(telemetry.MetricsWriter(shared.run_dir, "trainer"))
+      if shared.resume and checkpoints.latest_step() is not None:
+        state = checkpoints.restore(_target(state), batches).state
+      if shared.resume:
+        writer.truncate_after(int(state.step))
+      publisher = _Publisher(
+        shared,
+        config,
+        canary_tokens=canary_tokens,
+        head_chunk_size=head_chunk_size,
+        keep=keep_weights,
+        dtype=weights_dtype,
+      )
+      publisher.publish(state)
+      train_step = jax.jit(
+        step.make_train_step(
+          config, loss_fn, optimizer, micro_rows=micro_rows, head_chunk_size=head_chunk_size
+        ),
+        donate_argnums=0,
+      )
+      _loop(
+        shared,
+        config,
+        state,
+        batches,
+        train_step=train_step,
+        publisher=publisher,
+        place=lambda batch: placement.place(batch, device_mesh),
+        save=checkpoints.save,
+        checkpoint_every=checkpoint_every,
+        write=writer.write,
+      )
+
+  return main
+
+
+def _loop(
+  shared: Shared,
+  config: ModelConfig,
+  state: states.TrainState,
+  batches: Any,
+  *,
+  train_step: Callable[[states.TrainState, Any], tuple[states.TrainState, step.Metrics]],
+  publisher: "_Publisher",
+  place: Callable[[Any], Any],
+  save: Callable[[states.TrainState, Any], None],
+  checkpoint_every: int,
+  write: Callable[[int, Mapping[str, Any]], None],
+) -> None:
+  peak = flops.peak_flops()
+  ended = time.perf_counter()
+  for batch in batches:
+    arrived = time.perf_counter()
+    number = int(batch.step)
+    state, device_metrics = train_step(state, place(batch))
+    metrics = jax.device_get(device_metrics)  # waits for the step
+    stepped = time.perf_counter()
+    publisher.publish(state)
+    published = time.perf_counter()
+    if number % checkpoint_every == 0 or number == shared.steps:
+      save(state, batches)
+    done = time.perf_counter()
+    write(
+      number,
+      {
+        **metrics,
+        **_batch_metrics(batch),
+        "wait_seconds": arrived - ended,
+        "step_seconds": stepped - arrived,
+        "publish_seconds": published - stepped,
+        "checkpoint_seconds": done - published,
+        "loop_seconds": done - ended,
+        "trained_tokens_per_second": float(batch.loss_tokens) / (done - ended),
+        "mfu": flops.mfu(
+          flops.train_flops(
+            config,
+            tokens=int((batch.segment_ids > 0).sum()),
+            attended_pairs=int((batch.positions + 1)[batch.segment_ids > 0].sum()),
+          ),
+          done - ended,
+          peak,
+          jax.device_count(),
+        ),
+      },
+    )
+    ended = done
+
+
+def _batch_metrics(batch: Any) -> dict[str, float]:
+  """What the batch itself says: its size, its padding, the staleness of its trained tokens."""
+  trained = batch.loss_mask
+  staleness = (int(batch.step) - 1 - batch.policy_versions)[trained]
+  tokens = int((batch.segment_ids > 0).sum())
+  return {
+    "rows": float(batch.tokens.shape[0]),
+    "tokens": float(tokens),
+    "loss_tokens": float(batch.loss_tokens),
+    "padding_share": 1.0 - tokens / batch.tokens.size,
+    "token_staleness_mean": float(staleness.mean()) if staleness.size else 0.0,
+    "token_staleness_max": float(staleness.max(initial=0)),
+  }
+
+
+def _initial_state(
+  config: ModelConfig, params: Any, optimizer: optimizers.Optimizer, mesh: jax.sharding.Mesh
+) -> states.TrainState:
+  shapes, logical = transformer.abstract(config)
+  shardings = specs.tree_shardings(logical, shapes, mesh, rules.TRAIN_FSDP)
+  placed = jax.tree.map(jax.device_put, params, shardings)
+  return jax.jit(lambda params: states.create(params, optimizer))(placed)
+
+
+def _target(state: states.TrainState) -> states.TrainState:
+  return jax.tree.map(
+    lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state
+  )
+
+
+class _Publisher:
+  """Publishes the weights of a state once, with the trainer's own canary logprobs, and says so."""
+
+  def __init__(
+    self,
+    shared: Shared,
+    config: ModelConfig,
+    *,
+    canary_tokens: int,
+    head_chunk_size: int,
+    keep: int,
+    dtype: str | None,
+  ) -> None:
+    self._shared = shared
+    self._config = config
+    self._keep = keep
+    self._dtype = dtype
+    rng = np.random.default_rng(shared.seed)
+    self._canary_ids = rng.integers(0, shared.renderer.vocab_size, canary_tokens)
+    self._logprobs = jax.jit(scoring.make_logprob_fn(config, head_chunk_size=head_chunk_size))
+
+  def publish(self, state: states.TrainState) -> None:
+    """Publishes v(step). A resumed run makes some versions again: the servers have those."""
+    version = int(state.step)
+    newest = manifests.latest(self._shared.weights_dir)
+    if newest is not None and version <= newest:
+      return
+    canary_logprobs = self._logprobs(state.params, jnp.asarray(self._canary_ids, jnp.int32))
+    publish.publish(
+      self._shared.weights_dir,
+      version,
+      self._config,
+      jax.device_get(state.params),
+      canary_ids=self._canary_ids.tolist(),
+      canary_logprobs=np.asarray(canary_logprobs).tolist(),
+      keep=self._keep,
+      dtype=self._dtype,
+      tokenizer_from=self._shared.model_path,
+    )
+    request = urllib.request.Request(
+      f"{self._shared.orchestrator_url}/versions/{version}", method="POST"
+    )
+    try:
+      urllib.request.urlopen(request, timeout=2.0).close()
+    except (urllib.error.URLError, OSError) as error:  # it looks at the directory as well
+      logger.info("the orchestrator was not told of version %d: %s", version, error)
+
+
+def _wait_for_manifest(shared: Shared) -> rollout_source.Wait:
+  """Waits for a batch: asks the orchestrator, and looks at the directory whatever it says."""
+
+  def wait(number: int, stop: Any) -> types.Manifest | None:
+    while not stop.is_set():
+      manifest = read_manifest(shared.log_dir, number)
+      if manifest is not None:
+        return manifest
+      try:
+        urllib.request.urlopen(f"{shared.orchestrator_url}/batches/{number}", timeout=10).close()
+      except (urllib.error.URLError, OSError):
+        stop.wait(0.1)
+    return None
+
+  return wait

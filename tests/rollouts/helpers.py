@@ -1,0 +1,49 @@
+"""Small makers that the tests of this folder share."""
+
+from intellect3.losses import advantages
+from intellect3.rollouts import difficulty, filters, messages, scheduler
+
+
+def make_settings(**changes):
+  values = dict(
+    steps=5,
+    prompts_per_step=2,
+    rollouts_per_prompt=3,
+    max_off_policy_steps=1,
+    max_rollouts_in_flight=12,
+  )
+  return scheduler.Settings(**{**values, **changes})
+
+
+def make_scheduler(
+  settings=None, *, pools=None, group_filters=None, sizes=None, weights=None, seed=0
+):
+  sizes = sizes or {"words": 50}
+  sampler = difficulty.TaskSampler(
+    sizes, weights or dict.fromkeys(sizes, 1.0), pools or difficulty.Pools(), seed
+  )
+  return scheduler.Scheduler(
+    settings or make_settings(),
+    sampler,
+    group_filters or filters.Filters(),
+    advantages.group_mean,
+  )
+
+
+def make_summary(dispatch, *, reward=0.0, version=0, newest=None, **changes):
+  values = dict(
+    rollout_id=dispatch.rollout_id,
+    purpose=dispatch.purpose,
+    environment=dispatch.environment,
+    reward=reward,
+    error=None,
+    truncated=False,
+    lengths=[7],
+    sampled_tokens=4,
+    oldest_version=version,
+    newest_version=version if newest is None else newest,
+    servers=["http://a"],
+    metrics={},
+    seconds=0.1,
+  )
+  return messages.RolloutSummary(**{**values, **changes})

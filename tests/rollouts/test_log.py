@@ -1,0 +1,126 @@
+"""The RolloutLog: atomic commits, and shards that are not what the manifest says."""
+
+import numpy as np
+import pytest
+
+from intellect3 import types
+from intellect3.rollouts import log
+
+
+def make_record(step=1, rollout_id=0, length=5):
+  rng = np.random.default_rng(rollout_id)
+  versions = np.array([-1, -1] + [0] * (length - 2), np.int32)
+  sampled = versions >= 0
+  return types.TrajectoryRecord(
+    step=step,
+    rollout_id=rollout_id,
+    group_id=rollout_id // 2,
+    branch=0,
+    task_id="words/train/3",
+    environment="words",
+    reward=1.0,
+    advantage=0.25,
+    trajectory=types.Trajectory(
+      tokens=rng.integers(0, 99, length).astype(np.int32),
+      loss_mask=sampled,
+      inference_logprobs=np.where(sampled, -rng.random(length), 0.0).astype(np.float32),
+      policy_versions=versions,
+      temperature=0.7,
+      routed_experts=rng.integers(0, 8, (length, 2, 2)).astype(np.uint8),
+    ),
+  )
+
+
+def commit(tmp_path, records, step=1):
+  shard = log.write_shard(log.step_directory(tmp_path, step) / "w0.arrayrecord", records)
+  manifest = types.Manifest(
+    step=step,
+    shards=[shard],
+    num_rollouts=len(records),
+    num_groups=1,
+    loss_tokens=sum(shard.loss_tokens),
+    oldest_version=0,
+    newest_version=0,
+    metrics={"reward": 0.5},
+    scheduler_state={"next_step": 2},
+  )
+  log.commit_manifest(tmp_path, manifest)
+  return manifest
+
+
+def test_records_come_back_as_written(tmp_path):
+  records = [make_record(rollout_id=n, length=4 + n) for n in range(3)]
+  written = commit(tmp_path, records)
+  manifest = log.read_manifest(tmp_path, 1)
+  assert manifest == written
+  assert list(manifest.shards[0].lengths) == [4, 5, 6]
+  assert manifest.loss_tokens == 2 + 3 + 4
+  for got, want in zip(log.read_records(tmp_path, manifest), records, strict=True):
+    assert (got.rollout_id, got.advantage, got.task_id) == (want.rollout_id, 0.25, want.task_id)
+    for field in ("tokens", "loss_mask", "inference_logprobs", "policy_versions", "routed_experts"):
+      array, expected = getattr(got.trajectory, field), getattr(want.trajectory, field)
+      assert array.dtype == expected.dtype
+      np.testing.assert_array_equal(array, expected)
+
+
+def test_a_step_is_invisible_until_its_manifest_is_renamed(tmp_path):
+  log.write_shard(log.step_directory(tmp_path, 1) / "w0.arrayrecord", [make_record()])
+  (log.step_directory(tmp_path, 1) / "manifest.tmp").write_text("{}")
+  assert log.read_manifest(tmp_path, 1) is None
+  assert log.committed_steps(tmp_path) == []
+  commit(tmp_path, [make_record(step=2)], step=2)
+  assert log.committed_steps(tmp_path) == [2]
+  assert log.remove_uncommitted(tmp_path) == ["step_000001"]
+  assert log.committed_steps(tmp_path) == [2]
+
+
+def test_a_step_is_committed_once(tmp_path):
+  manifest = commit(tmp_path, [make_record()])
+  with pytest.raises(log.LogError, match="already committed"):
+    log.commit_manifest(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_a_damaged_shard_is_refused(tmp_path, damage):
+  manifest = commit(tmp_path, [make_record(rollout_id=n) for n in range(4)])
+  path = log.step_directory(tmp_path, 1) / manifest.shards[0].file
+  data = bytearray(path.read_bytes())
+  if damage == "cut":
+    path.write_bytes(data[: len(data) // 2])
+  elif damage == "flip":
+    data[100] ^= 1
+    path.write_bytes(data)
+  else:
+    path.unlink()
+  with pytest.raises(log.LogError, match="w0.arrayrecord"):
+    list(log.read_records(tmp_path, manifest))
+
+
+def test_a_trajectory_that_breaks_contract_1_is_not_written(tmp_path):
+  good = make_record().trajectory
+  bad = types.Trajectory(
+    tokens=good.tokens,
+    loss_mask=np.ones_like(good.loss_mask),
+    inference_logprobs=good.inference_logprobs,
+    policy_versions=good.policy_versions,
+    temperature=1.0,
+  )
+  with pytest.raises(ValueError, match="not sampled"):
+    bad.check()
+  broken = np.array([np.nan] * 5, np.float32)
+  with pytest.raises(ValueError, match="finite"):
+    types.Trajectory(
+      tokens=good.tokens,
+      loss_mask=good.loss_mask,
+      inference_logprobs=np.where(good.loss_mask, broken, 0).astype(np.float32),
+      policy_versions=good.policy_versions,
+      temperature=1.0,
+    ).check()
+  with pytest.raises(ValueError, match="tokens: expected int32"):
+    types.Trajectory(
+      tokens=good.tokens.astype(np.int64),
+      loss_mask=good.loss_mask,
+      inference_logprobs=good.inference_logprobs,
+      policy_versions=good.policy_versions,
+      temperature=1.0,
+    ).check()
