@@ -62,7 +62,7 @@ def decode_step(
   config: ModelConfig, params: Params, cache: kv_cache.KVCache, step: Decode
 ) -> tuple[kv_cache.KVCache, Sampled]:
   """One token for every slot. Pure; the cache is to be donated."""
-  output = transformer.Transformer(config).apply(
+  output: Any = transformer.Transformer(config).apply(
     {"params": params},
     step.tokens_S[:, None],
     step.positions_S[:, None],
@@ -77,7 +77,7 @@ def prefill_step(
   config: ModelConfig, score: bool, params: Params, cache: kv_cache.KVCache, step: Prefill
 ) -> tuple[kv_cache.KVCache, Sampled]:
   """A chunk of prompt for every row, and a sample after each chunk's last token. Pure."""
-  output = transformer.Transformer(config).apply(
+  output: Any = transformer.Transformer(config).apply(
     {"params": params},
     step.tokens_RT,
     step.positions_RT,
@@ -119,8 +119,8 @@ class Device:
     self.config = config
     self._params = jax.device_put(params)
     self._cache = kv_cache.init(config, slots, context_length)
-    self._decode = jax.jit(functools.partial(decode_step, config), donate_argnums=(1,))
-    self._prefill = {
+    self._decode: Any = jax.jit(functools.partial(decode_step, config), donate_argnums=(1,))
+    self._prefill: dict[bool, Any] = {
       score: jax.jit(functools.partial(prefill_step, config, score), donate_argnums=(1,))
       for score in (False, True)
     }

@@ -188,7 +188,7 @@ class Engine:
       self._on_failure(error)
 
   def _take_commands(self) -> None:
-    nothing_to_do = self.paused or self._batcher.idle
+    nothing_to_do = self._update is None and (self.paused or self._batcher.idle)
     try:
       command = self._inbox.get(block=nothing_to_do)
       while True:

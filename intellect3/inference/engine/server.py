@@ -1,6 +1,7 @@
 """Builds the parts of a server from its flags and serves them until a signal comes."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 600
 """Longer than any client's: else a connection closes just as the client sends on it."""
+
+FAREWELL_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _prepare(device: Device, path: str, dtype: str | None) -> Any:
 
 
 async def serve(parts: Parts, listener: socket.socket, settings: Settings) -> None:
-  """Serves on a listening socket until SIGTERM or SIGINT; running requests are dropped then."""
+  """Serves on a listening socket until SIGTERM or SIGINT; running requests are aborted then."""
   desk = Desk(asyncio.get_running_loop())
   engine = Engine(
     parts.device,
@@ -107,7 +110,11 @@ async def serve(parts: Parts, listener: socket.socket, settings: Settings) -> No
   try:
     await server.serve(sockets=[listener])
   finally:
-    engine.stop()
+    # Whoever still waits is answered with what there is, and can go on elsewhere.
+    with contextlib.suppress(TimeoutError):
+      await asyncio.wait_for(engine.abort(), FAREWELL_SECONDS)
+      await asyncio.sleep(0.05)
+    engine.stop(FAREWELL_SECONDS)
 
 
 class _Server(uvicorn.Server):

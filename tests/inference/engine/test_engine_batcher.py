@@ -1,5 +1,7 @@
 """The scheduling state, stepped by hand and by Hypothesis, with a device that is a formula."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,6 +218,6 @@ def test_whatever_joins_when_every_sequence_ends_with_the_tokens_of_its_seed(
     new = sequence.request.max_new_tokens
     assert sequence.output_ids == [next_token(sequence.seed, p) for p in range(new)]
     assert sequence.spans[0][1] == 0 and sequence.spans[-1][2] == new
-    assert all(a[2] == b[1] for a, b in zip(sequence.spans, sequence.spans[1:], strict=False))
+    assert all(a[2] == b[1] for a, b in itertools.pairwise(sequence.spans))
     if sequence.request.logprob_start is not None:
       assert sequence.input_logprobs == [float(t) for t in sequence.request.input_ids[1:]]
