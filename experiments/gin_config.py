@@ -7,6 +7,7 @@ the file without placeholders first, so a misspelling anywhere is found there.
 """
 
 import importlib
+import logging
 import pathlib
 import re
 import sys
@@ -98,6 +99,9 @@ def call(function: Callable[..., Start], **arguments: Any) -> Start:
 
 def run_to_end(start: Start) -> int:
   """Runs what `call` returned; the exit code for the shell."""
+  logging.basicConfig(
+    level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+  )
   try:
     start()
   except KeyboardInterrupt:

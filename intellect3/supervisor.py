@@ -1,12 +1,11 @@
 """Starts the processes of a run on one machine, watches them, and ends them all together.
 
 A child that fails ends the run: the others are ended, and the failure says which child, why and
-where its log is. Every child leads its own process group and dies with the supervisor (Linux
-parent-death signal), so no process outlives a run, however the run ends.
+where its log is. Every child leads its own process group and dies with the supervisor (`leash`), so
+no process outlives a run, however the run ends.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import pathlib
@@ -79,19 +78,13 @@ def _start(child: Child) -> subprocess.Popen[bytes]:
   child.log.parent.mkdir(parents=True, exist_ok=True)
   with child.log.open("ab") as log:
     return subprocess.Popen(
-      list(child.command),
+      [sys.executable, "-m", "intellect3.leash", str(os.getpid()), *child.command],
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
       env={**os.environ, **child.environment},
       start_new_session=True,
-      preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
-
-
-def _die_with_parent() -> None:
-  pr_set_pdeathsig = 1
-  ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def end_all(

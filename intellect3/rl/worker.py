@@ -42,8 +42,9 @@ def worker(
       raise NotStarted(f"worker.{field}: expected at least 1, got {value}")
 
   def make(send: Callable[[messages.FromWorker], None]) -> worker_lib.Worker:
+    http = transport.HttpTransport()
     pool = client.ServerPool(
-      transport.HttpTransport(),
+      http,
       vocab_size=shared.renderer.vocab_size,
       max_concurrency=max_concurrency,
       retries=retries,
@@ -77,6 +78,7 @@ def worker(
       send=send,
       log_dir=shared.log_dir,
       version_changed=set_version,
+      release=http.close,
       write_sample=_sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt"),
     )
 

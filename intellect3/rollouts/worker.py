@@ -55,6 +55,7 @@ class Worker:
     write_shard: how a shard is written.
     write_sample: shows one rollout of each batch to people; None for not at all.
     version_changed: told the version that new requests should carry.
+    release: frees what the worker was given (connections), at its end.
   """
 
   def __init__(
@@ -67,6 +68,7 @@ class Worker:
     send: Callable[[messages.FromWorker], None],
     log_dir: pathlib.Path,
     version_changed: Callable[[int], None],
+    release: Callable[[], Awaitable[None]],
     write_shard: ShardWriter = write_shard_in_thread,
     write_sample: SampleWriter | None = None,
   ) -> None:
@@ -77,6 +79,7 @@ class Worker:
     self._send = send
     self._log_dir = log_dir
     self._version_changed = version_changed
+    self._release = release
     self._write_shard = write_shard
     self._write_sample = write_sample
     self._running: dict[int, asyncio.Task[None]] = {}
@@ -124,6 +127,7 @@ class Worker:
     for task in tasks:
       task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await self._release()
 
   def _spawn(self, coroutine: Awaitable[None]) -> None:
     task = asyncio.ensure_future(coroutine)
