@@ -149,11 +149,8 @@ def test_a_hanging_server_holds_up_no_other(path):
     return await syncing
 
   report, _ = run_virtual(run())
-  assert (
-    report.healthy == ("http://good",)
-    and "60 s" in report.fenced["http://bad"]
-    or ("timeout" in report.fenced["http://bad"])
-  )
+  assert report.healthy == ("http://good",)
+  assert "timeout" in report.fenced["http://bad"]
 
 
 def test_a_cancelled_sync_leaves_nothing_paused():

@@ -1,0 +1,287 @@
+"""Client, control, sync and conversation against the embedded engine in a process of its own."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from intellect3.environments.reverse_text import ReverseText
+from intellect3.inference import client, launch
+from intellect3.inference.control import ServerControl
+from intellect3.inference.transport import HttpTransport
+from intellect3.inference.weight_sync import Canary, sync
+from intellect3.models import hf, presets, transformer
+from intellect3.rendering.bytes import ByteRenderer
+from intellect3.rendering.tokenizer_files import write_tokenizer
+from intellect3.rollouts.conversation import RecordedConversation
+
+CONFIG = presets.tiny(max_positions=1024)
+RENDERER = ByteRenderer()
+CANARY_IDS = RENDERER.render([{"role": "user", "content": "the quick brown fox"}])
+BOUND = 1e-4
+
+
+@jax.jit
+def _full_logprobs(params, tokens_1T):
+  """The trainer's side: logprobs of each token by the full forward pass, at temperature 1."""
+  positions_1T = jnp.arange(tokens_1T.shape[1])[None]
+  output = transformer.Transformer(CONFIG).apply(
+    {"params": params}, tokens_1T, positions_1T, jnp.ones_like(tokens_1T)
+  )
+  logits_TV = output.hidden_BTD[0] @ transformer.head(params, CONFIG)
+  scores_TV = jax.nn.log_softmax(logits_TV.astype(jnp.float32))
+  return jnp.take_along_axis(scores_TV[:-1], tokens_1T[0, 1:, None], axis=1)[:, 0]
+
+
+def full_logprobs(params, tokens, length=128):
+  """The same for any number of tokens, at one compiled shape; the first is 0.0."""
+  padded = np.zeros((1, length), np.int32)
+  padded[0, : len(tokens)] = tokens
+  scored = np.asarray(_full_logprobs(params, padded))[: len(tokens) - 1]
+  return np.concatenate([np.zeros(1, np.float32), scored])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+  """Directory and parameters of two models; v0's are what the server starts with."""
+  made = []
+  for seed in range(2):
+    directory = tmp_path_factory.mktemp("model") / f"v{seed}"
+    params = transformer.init(CONFIG, jax.random.key(seed))
+    # At their initial scale the logits are flat, and wrong weights would hardly show.
+    params = jax.tree.map(lambda leaf: leaf * 3.0 if leaf.ndim > 1 else leaf, params)
+    hf.save(directory, CONFIG, params)
+    write_tokenizer(directory)
+    made.append((directory, params))
+  return made
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints, tmp_path_factory):
+  """Address of a running engine with weights v0."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  launch.check_port_free("127.0.0.1", port)
+  command = launch.embedded_command(
+    checkpoints[0][0], port, slots=4, prefill_rows=2, context_length=512, die_with_parent=True
+  )
+  log = tmp_path_factory.mktemp("engine") / "log"
+  with open(log, "wb") as out:
+    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+  async def wait():
+    async with transport_to() as transport:
+      await launch.wait_until_healthy(transport, url, 120.0, lambda: process.poll() is None)
+
+  url = f"http://127.0.0.1:{port}"
+  try:
+    asyncio.run(wait())
+    yield url
+  except launch.ServerDied as error:
+    raise AssertionError(log.read_text()[-3000:]) from error
+  finally:
+    process.send_signal(signal.SIGTERM)
+    try:
+      process.wait(timeout=10.0)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+
+
+@contextlib.asynccontextmanager
+async def transport_to():
+  transport = HttpTransport()
+  try:
+    yield transport
+  finally:
+    await transport.close()
+
+
+@contextlib.asynccontextmanager
+async def connected(url):
+  """A pool and a control of one server."""
+  async with transport_to() as transport:
+    pool = client.ServerPool(transport, [url], vocab_size=RENDERER.vocab_size, timeout_seconds=60.0)
+    yield (
+      pool,
+      ServerControl(transport, [url], vocab_size=RENDERER.vocab_size, timeout_seconds=60.0),
+    )
+
+
+def generate(pool, prompt, *, rid, seed=1, max_new_tokens=16, temperature=1.0, stop=()):
+  return pool.generate(
+    prompt,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    stop_token_ids=stop,
+    seed=seed,
+    rid=rid,
+    extra_key="test",
+  )
+
+
+def bring(control, checkpoint, version, **options):
+  directory, params = checkpoint
+  canary = Canary(CANARY_IDS, full_logprobs(params, CANARY_IDS).tolist())
+  return sync(
+    control,
+    **{
+      "path": directory,
+      "version": version,
+      "mode": "in_place",
+      "canary": canary,
+      "bound": BOUND,
+      **options,
+    },
+  )
+
+
+def test_generations_have_the_trainers_logprobs_and_obey_their_seed(server, checkpoints):
+  prompt = RENDERER.render([{"role": "user", "content": "abc"}])
+
+  async def run():
+    async with connected(server) as (pool, control):
+      assert not (await bring(control, checkpoints[0], 0)).fenced
+      return await asyncio.gather(
+        *(generate(pool, prompt, rid=f"g{i}", seed=i % 3) for i in range(6))
+      )
+
+  generations = asyncio.run(run())
+  for generation in generations:
+    assert generation.policy_versions.tolist() == [0] * 16
+    tokens = [*prompt, *generation.tokens.tolist()]
+    expected = full_logprobs(checkpoints[0][1], tokens)[len(prompt) :]
+    np.testing.assert_allclose(generation.inference_logprobs, expected, atol=1e-4)
+  texts = [generation.tokens.tolist() for generation in generations]
+  assert texts[:3] == texts[3:] and texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_sync_in_flight_stamps_both_versions_and_passes_its_canary(server, checkpoints, mode):
+  prompt = RENDERER.render([{"role": "user", "content": "abcdef"}])
+
+  async def run():
+    async with connected(server) as (pool, control):
+      assert not (await bring(control, checkpoints[0], 10)).fenced
+      tasks = [
+        asyncio.create_task(generate(pool, prompt, rid=f"{mode}{i}", max_new_tokens=400))
+        for i in range(4)
+      ]
+      await asyncio.sleep(0.3)
+      report = await bring(control, checkpoints[1], 11, mode=mode)
+      return report, await asyncio.gather(*tasks)
+
+  report, generations = asyncio.run(run())
+  assert report.healthy == (server,), report.fenced
+  assert 0 <= report.servers[0].max_difference <= BOUND
+  assert sum(report.parts.values()) <= report.seconds * 1.01 + 0.01
+  for generation in generations:
+    versions = generation.policy_versions
+    assert set(versions.tolist()) == {10, 11} and np.all(np.diff(versions) >= 0)
+    assert generation.tokens.size == 400
+    first = int(np.sum(versions == 10))
+    tokens = [*prompt, *generation.tokens[:first].tolist()][:128]
+    expected = full_logprobs(checkpoints[0][1], tokens)[len(prompt) :]
+    np.testing.assert_allclose(generation.inference_logprobs[: len(expected)], expected, atol=1e-4)
+
+
+def test_a_generation_aborted_by_a_pause_continues_by_itself(server):
+  prompt = RENDERER.render([{"role": "user", "content": "abcdef"}])
+
+  async def run():
+    async with connected(server) as (pool, control):
+      task = asyncio.create_task(generate(pool, prompt, rid="aborted", max_new_tokens=400))
+      await asyncio.sleep(0.2)
+      pausing = asyncio.create_task(control.pause("abort"))
+      await asyncio.sleep(0.1)
+      assert (await pausing)[server].ok
+      assert (await control.resume())[server].ok
+      generation = await task
+      return generation, pool.continued
+
+  generation, continued = asyncio.run(run())
+  assert continued == 1
+  assert generation.tokens.size == 400 and generation.finish_reason == "length"
+
+
+def test_a_corrupted_tensor_is_found_by_the_canary(server, checkpoints, tmp_path):
+  directory = tmp_path / "corrupted"
+  shutil.copytree(checkpoints[1][0], directory)
+  file = directory / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  name = next(name for name in sorted(tensors) if "layers.1.self_attn.v_proj.weight" in name)
+  tensors[name] = tensors[name].copy()
+  tensors[name].flat[::7] += 0.5
+  safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+  async def run():
+    async with connected(server) as (_, control):
+      good = await bring(control, checkpoints[1], 20)
+      bad = await bring(control, (directory, checkpoints[1][1]), 21)
+      assert control.urls == ()
+      control.admit(server)
+      mended = await bring(control, checkpoints[1], 22)
+      return good, bad, mended
+
+  good, bad, mended = asyncio.run(run())
+  assert not good.fenced and not mended.fenced
+  reason = bad.fenced[server]
+  assert "v21" in reason and "canary" in reason and f"{BOUND:g}" in reason
+  assert bad.servers[0].max_difference > 10 * BOUND
+
+
+def test_a_missing_checkpoint_fences_and_the_server_goes_on(server, checkpoints):
+  async def run():
+    async with connected(server) as (pool, control):
+      report = await bring(control, (checkpoints[0][0] / "nowhere", checkpoints[0][1]), 30)
+      control.admit(server)
+      assert await control.healthy(server)
+      assert not (await bring(control, checkpoints[0], 31)).fenced
+      generation = await generate(pool, [97], rid="after", max_new_tokens=2)
+      info = (await control.model_info())[server]
+      return report, generation, info
+
+  report, generation, info = asyncio.run(run())
+  assert "update failed" in report.fenced[server]
+  assert generation.policy_versions.tolist() == [31, 31]
+  assert info.value.weight_version == "31"
+
+
+def test_an_environment_runs_and_its_trajectory_is_what_the_trainer_scores(server, checkpoints):
+  environment = ReverseText()
+  task = environment.task("train", 0)
+
+  async def run():
+    async with connected(server) as (pool, control):
+      assert not (await bring(control, checkpoints[0], 40)).fenced
+      conversation = RecordedConversation(
+        RENDERER,
+        pool,
+        seed=3,
+        rid="rollout",
+        temperature=1.0,
+        max_new_tokens=12,
+        max_tokens=64,
+        version=lambda: 40,
+      )
+      score = await environment.run(task, conversation)
+      await conversation.send([{"role": "user", "content": "again"}])
+      return score, conversation
+
+  score, conversation = asyncio.run(run())
+  assert 0.0 <= score.reward <= 1.0
+  (trajectory,) = conversation.trajectories()
+  trajectory.check()
+  expected = full_logprobs(checkpoints[0][1], trajectory.tokens.tolist())
+  mask = trajectory.loss_mask
+  np.testing.assert_allclose(trajectory.inference_logprobs[mask], expected[mask], atol=1e-4)
+  assert set(trajectory.policy_versions[mask].tolist()) == {40}
