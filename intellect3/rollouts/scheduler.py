@@ -128,14 +128,15 @@ class Scheduler:
 
   def _may_dispatch(self) -> bool:
     settings = self._settings
-    if self.version < 0:
+    if self.version < 0 or self.next_step > settings.steps:
       return False
     running = sum(len(group.running) for group in self._groups.values())
     if running + settings.rollouts_per_prompt > settings.max_rollouts_in_flight:
       return False
-    # The step in which, first in first out, a group dispatched now would be batched.
+    # The step in which, first in first out, a group dispatched now would be batched. It may lie
+    # after the run's last one: then the group stands in for a straggler, or is cancelled.
     step = self.next_step + len(self._groups) // settings.prompts_per_step
-    return step <= settings.steps and step - 1 - self.version <= settings.max_off_policy_steps
+    return step - 1 - self.version <= settings.max_off_policy_steps
 
   def _new_group(self) -> list[messages.Dispatch]:
     group_id = self._next_group

@@ -1,0 +1,337 @@
+"""Orchestrator and workers together, over both links, with a policy that needs no server."""
+
+import asyncio
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from intellect3 import types
+from intellect3.environments import base
+from intellect3.rollouts import difficulty, filters, link, log, messages, orchestrator, worker
+from tests.rollouts.helpers import make_scheduler, make_settings
+
+
+@dataclasses.dataclass
+class Coin:
+  """An environment whose reward the conversation draws; some attempts fail."""
+
+  name: str = "coin"
+  failing: float = 0.0
+
+  def size(self, split):
+    return 40
+
+  def task(self, split, index):
+    return types.Task(
+      task_id=f"coin/{split}/{index}", environment=self.name, prompt=[], info={"index": index}
+    )
+
+  async def run(self, task, conversation):
+    await conversation.send(task.prompt)
+    if conversation.random.random() < self.failing:
+      raise RuntimeError("the tool broke")
+    return base.Score(reward=float(conversation.random.random() < 0.5))
+
+
+class FakeConversation:
+  """Samples four tokens with the version of the moment, after a moment."""
+
+  def __init__(self, dispatch, version, delay):
+    import random
+
+    self.random = random.Random(dispatch.seed)
+    self.truncated = False
+    self._dispatch, self._version, self._delay = dispatch, version, delay
+    self._trajectories = []
+
+  async def send(self, prompt):
+    first = self._version()
+    await asyncio.sleep(self._delay(self._dispatch))
+    versions = np.array([-1, -1, first, first, self._version(), self._version()], np.int32)
+    sampled = versions >= 0
+    self._trajectories.append(
+      types.Trajectory(
+        tokens=np.arange(6, dtype=np.int32),
+        loss_mask=sampled,
+        inference_logprobs=np.where(sampled, -0.5, 0.0).astype(np.float32),
+        policy_versions=versions,
+        temperature=1.0,
+      )
+    )
+
+  def trajectories(self):
+    return self._trajectories
+
+  def servers(self):
+    return ["http://a"]
+
+
+class FakePool:
+  def __init__(self):
+    self.urls, self.fenced = (), {}
+
+  def set_servers(self, urls):
+    self.urls = tuple(urls)
+
+  def fence(self, url, reason):
+    self.fenced[url] = reason
+
+
+@dataclasses.dataclass
+class Sync:
+  healthy: tuple = ("http://a",)
+  fenced: dict = dataclasses.field(default_factory=dict)
+  seconds: float = 0.01
+
+
+class World:
+  """A trainer that makes v(n) soon after step n's batch, a log on disk, and the orchestrator."""
+
+  def __init__(self, tmp_path, *, steps=5, failing=0.0, delay=lambda dispatch: 0.002, **settings):
+    self.log_dir = tmp_path / "rollouts"
+    self.steps = steps
+    self.committed = asyncio.Queue()
+    self.versions = asyncio.Queue()
+    self.rows, self.evaluations, self.phases = {}, {}, []
+    self.environment = Coin(failing=failing)
+    self.delay = delay
+    self.sync_results = {}
+    self.pools = settings.pop("pools", difficulty.Pools())
+    self.filters = settings.pop("group_filters", filters.Filters())
+    self.settings = make_settings(steps=steps, **settings)
+
+  def orchestrator(self, **changes):
+    async def next_version(version):
+      newest = await self.versions.get()
+      while not self.versions.empty():
+        newest = self.versions.get_nowait()
+      return newest
+
+    async def sync(version):
+      return self.sync_results.get(version, Sync())
+
+    async def commit(manifest):
+      log.commit_manifest(self.log_dir, manifest)
+
+    return orchestrator.Orchestrator(
+      **{
+        **dict(
+          make_scheduler=lambda sizes: make_scheduler(
+            self.settings, sizes=sizes, pools=self.pools, group_filters=self.filters
+          ),
+          ports=orchestrator.Ports(
+            next_version=next_version,
+            sync=sync,
+            commit=commit,
+            batch_committed=self.committed.put_nowait,
+            report=self.rows.__setitem__,
+            report_evaluation=self.evaluations.__setitem__,
+            status=lambda phase, detail: self.phases.append((phase, detail)),
+          ),
+          num_workers=1,
+          steps=self.steps,
+          seed=0,
+        ),
+        **changes,
+      }
+    )
+
+  def make_worker(self, name="worker_0"):
+    version = [0]
+
+    async def release():
+      pass
+
+    return lambda send: worker.Worker(
+      name,
+      environments={"coin": self.environment},
+      make_conversation=lambda d: FakeConversation(d, lambda: version[0], self.delay),
+      pool=FakePool(),
+      send=send,
+      log_dir=self.log_dir,
+      version_changed=lambda new: version.__setitem__(0, new),
+      release=release,
+    )
+
+  async def trainer(self):
+    self.versions.put_nowait(0)
+    for _ in range(self.steps):
+      step = await self.committed.get()
+      manifest = log.read_manifest(self.log_dir, step)
+      records = list(log.read_records(self.log_dir, manifest))
+      assert manifest.loss_tokens == sum(r.trajectory.loss_mask.sum() for r in records)
+      await asyncio.sleep(0.005)
+      self.versions.put_nowait(step)
+
+  async def run(self, **changes):
+    machine = self.orchestrator(**changes)
+    local = link.InProcessLink(machine, self.make_worker())
+    try:
+      await asyncio.wait_for(asyncio.gather(machine.run(), self.trainer()), 30)
+    finally:
+      await local.close()
+
+
+def identity(row):
+  ended = sum(row[key] for key in ("trained", "filtered", "stale", "cancelled", "errored"))
+  return row["dispatched"] == ended + row["in_flight"]
+
+
+def test_a_run_in_process_commits_every_step_and_the_identity_holds_in_every_row(tmp_path):
+  world = World(tmp_path, failing=0.2)
+  asyncio.run(world.run(evaluation_tasks=7))
+  assert log.committed_steps(world.log_dir) == [1, 2, 3, 4, 5]
+  assert sorted(world.rows) == [1, 2, 3, 4, 5]
+  for step, row in world.rows.items():
+    assert identity(row)
+    assert row["staleness_max"] <= 1
+    assert log.read_manifest(world.log_dir, step).metrics == row
+  last = world.rows[5]
+  assert last["errored"] > 0 and last["ended/errored/RuntimeError: the tool broke"] > 0
+  assert sorted(world.evaluations) == [0, 5]
+  assert world.evaluations[0]["tasks"] == 7
+  phase, counts = world.phases[-1]
+  assert phase == "done" and counts["in_flight"] == 0
+
+
+def test_groups_never_mix_tasks_and_advantages_follow_their_own_group(tmp_path):
+  world = World(tmp_path, prompts_per_step=3)
+  asyncio.run(world.run())
+  for step in range(1, 6):
+    by_group = {}
+    for record in log.read_records(world.log_dir, log.read_manifest(world.log_dir, step)):
+      by_group.setdefault(record.group_id, []).append(record)
+    assert len(by_group) == 3
+    for records in by_group.values():
+      assert len({record.task_id for record in records}) == 1
+      rewards = np.array([record.reward for record in records])
+      np.testing.assert_allclose([r.advantage for r in records], rewards - rewards.mean())
+
+
+def test_slow_rollouts_go_stale_and_are_counted_by_length(tmp_path):
+  slow = lambda dispatch: 0.3 if dispatch.group_id % 5 == 1 else 0.001  # noqa: E731
+  world = World(tmp_path, steps=8, delay=slow, max_off_policy_steps=1, max_rollouts_in_flight=60)
+  asyncio.run(world.run())
+  last = world.rows[8]
+  assert last["stale"] > 0
+  assert world.phases[-1][1]["cancelled"] > 0  # what still ran when the last batch was full
+  assert any(
+    key.startswith("stale_share/length_decile_") for key in set().union(*world.rows.values())
+  )
+
+
+def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
+  async def scenario():
+    world = World(tmp_path, steps=6, delay=lambda d: 0.03)
+    machine = world.orchestrator(num_workers=2)
+    server = link.OrchestratorServer(
+      machine,
+      version_published=lambda version: None,
+      batch_exists=lambda step: log.read_manifest(world.log_dir, step) is not None,
+      poll_seconds=0.2,
+    )
+    from intellect3.rl.roles import free_port
+
+    port = free_port("127.0.0.1")
+    await server.start("127.0.0.1", port)
+    url = f"http://127.0.0.1:{port}"
+    remote = [
+      asyncio.create_task(
+        link.run_remote_worker(url, world.make_worker(f"worker_{n}"), patience_seconds=5)
+      )
+      for n in range(2)
+    ]
+
+    async def kill_one():
+      while 2 not in world.rows:
+        await asyncio.sleep(0.005)
+      remote[1].cancel()
+
+    try:
+      await asyncio.wait_for(asyncio.gather(machine.run(), world.trainer(), kill_one()), 30)
+    finally:
+      await server.close()
+    await asyncio.wait_for(remote[0], 5)  # it was told Shutdown
+    return world
+
+  world = asyncio.run(scenario())
+  assert world.rows[6]["ended/errored/worker lost"] > 0
+  assert all(identity(row) for row in world.rows.values())
+  shards = {s.file for n in range(1, 7) for s in log.read_manifest(world.log_dir, n).shards}
+  assert shards == {"worker_0.arrayrecord", "worker_1.arrayrecord"}
+
+
+def test_a_fenced_server_poisons_what_it_made_and_the_last_one_ends_the_run(tmp_path):
+  world = World(tmp_path, steps=5)
+  world.sync_results[2] = Sync(healthy=(), fenced={"http://a": "canary logprob off by 0.3"})
+  with pytest.raises(orchestrator.RunFailed, match="canary logprob off"):
+    asyncio.run(world.run())
+  assert log.committed_steps(world.log_dir)[-1] <= 4
+
+
+def test_a_worker_that_cannot_write_ends_the_run_with_the_reason(tmp_path):
+  world = World(tmp_path)
+  (tmp_path / "rollouts").write_text("a file where a directory should be")
+  with pytest.raises(orchestrator.RunFailed, match="worker_0"):
+    asyncio.run(world.run())
+
+
+def test_messages_are_small():
+  dispatch = messages.Dispatch(
+    rollout_id=10**6,
+    group_id=10**5,
+    sample=15,
+    environment="software_engineering",
+    split="train",
+    index=10**6,
+    seed=2**62,
+    temperature=1.0,
+  )
+  summary = messages.RolloutSummary(
+    rollout_id=10**6,
+    purpose="train",
+    environment="software_engineering",
+    reward=1.0,
+    error=None,
+    truncated=False,
+    lengths=[65536, 40000],
+    sampled_tokens=60000,
+    oldest_version=100,
+    newest_version=104,
+    servers=["http://10.0.0.1:30000", "http://10.0.0.2:30000"],
+    metrics={"tests_passed": 0.5},
+    seconds=1200.0,
+  )
+  assert len(messages.encode(dispatch)) + len(messages.encode(summary)) < 1024
+  assert messages.decode_from_worker(messages.encode(summary)) == summary
+
+
+def test_the_long_poll_answers_when_the_batch_is_there(tmp_path):
+  async def scenario():
+    import aiohttp
+
+    world = World(tmp_path)
+    server = link.OrchestratorServer(
+      world.orchestrator(),
+      version_published=lambda version: None,
+      batch_exists=lambda step: step == 1,
+      poll_seconds=0.2,
+    )
+    from intellect3.rl.roles import free_port
+
+    port = free_port("127.0.0.1")
+    await server.start("127.0.0.1", port)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+      assert (await session.get("/batches/1")).status == 200
+      began = time.monotonic()
+      assert (await session.get("/batches/2")).status == 204
+      assert time.monotonic() - began >= 0.2
+      waiting = asyncio.create_task(session.get("/batches/2"))
+      await asyncio.sleep(0.05)
+      server.batch_committed(2)
+      assert (await waiting).status == 200
+    await server.close()
+
+  asyncio.run(scenario())
