@@ -1,0 +1,48 @@
+"""Packed batches for the training tests."""
+
+import numpy as np
+
+from intellect3 import types
+from intellect3.pipeline import packing
+
+
+def records(lengths, *, vocab=32, seed=0):
+  """Records of the given lengths; the first two tokens of each are a prompt."""
+  rng = np.random.default_rng(seed)
+  made = []
+  for number, length in enumerate(lengths):
+    sampled = np.arange(length) >= 2
+    made.append(
+      types.TrajectoryRecord(
+        step=1,
+        rollout_id=number,
+        group_id=number // 2,
+        branch=0,
+        task_id="t",
+        environment="t",
+        reward=0.0,
+        advantage=float(rng.normal()),
+        trajectory=types.Trajectory(
+          tokens=rng.integers(0, vocab, length, dtype=np.int32),
+          loss_mask=sampled,
+          inference_logprobs=np.where(
+            sampled, np.log(1 / vocab) + 0.2 * rng.normal(size=length), 0
+          ).astype(np.float32),
+          policy_versions=np.where(sampled, 0, types.NOT_SAMPLED).astype(np.int32),
+          temperature=(0.7, 1.0, 1.3)[number % 3],
+        ),
+      )
+    )
+  return made
+
+
+def pack(made, plan, *, row_length, row_count):
+  """Packs records as a plan says."""
+  return packing.pack(
+    dict(enumerate(made)),
+    plan,
+    row_length=row_length,
+    row_count=row_count,
+    step=1,
+    loss_tokens=int(sum(record.trajectory.loss_mask.sum() for record in made)),
+  )
