@@ -212,6 +212,7 @@ class Routes:
     state = {
       "weight_version": version,
       "paused": engine.paused,
+      "updating": engine.updating,
       "running_requests": engine.num_running,
       "waiting_requests": engine.num_waiting,
       "generated_tokens": engine.generated_tokens,

@@ -118,6 +118,11 @@ class Engine:
     return self._thread.is_alive()
 
   @property
+  def updating(self) -> bool:
+    """Whether a weight update waits for running requests; new ones are held back meanwhile."""
+    return self._update is not None
+
+  @property
   def num_running(self) -> int:
     return self._batcher.num_running
 

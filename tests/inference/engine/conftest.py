@@ -1,10 +1,9 @@
 """One server for the engine's tests: the recorded model if it is at hand, else one of its shape."""
 
-import jax
 import pytest
-from engine_http import SHARED, serving
+from engine_http import SHARED, random_params, serving
 
-from intellect3.models import hf, transformer
+from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 
 SHAPE = {
@@ -47,8 +46,7 @@ def models(tmp_path_factory):
   directories = []
   for seed in range(2):
     directories.append(tmp_path_factory.mktemp("models") / str(seed))
-    params = transformer.init(config, jax.random.key(seed))
-    hf.save(directories[-1], config, params)
+    hf.save(directories[-1], config, random_params(config, seed))
   return tuple(directories)
 
 

@@ -11,7 +11,11 @@ import socket
 import threading
 import time
 
+import jax
+import numpy as np
+
 from intellect3.inference.engine import flags, server
+from intellect3.models import transformer
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "data" / "sglang" / "engine.json"
 SHARED = pathlib.Path(__file__).resolve().parents[4] / "shared" / "sglang-goldens"
@@ -31,6 +35,17 @@ def exchanges() -> dict[str, dict]:
     if body:
       exchange["request"]["json"] = {name: unfold(value) for name, value in body.items()}
   return recorded
+
+
+def random_params(config, seed):
+  """Parameters without a compilation: normal around 0, norm scales around 1."""
+  generator = np.random.default_rng(seed)
+
+  def leaf(path, shape):
+    values = generator.normal(scale=0.2, size=shape.shape)
+    return (values + (path[-1].key == "scale")).astype(shape.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(config)[0])
 
 
 @dataclasses.dataclass

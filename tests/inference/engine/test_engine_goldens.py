@@ -128,7 +128,7 @@ def test_what_happens_to_running_requests_is_as_recorded(name, client, models, t
   paused_before = name == "generate_sent_while_paused"
   if paused_before:
     client.post("/pause_generation", mode="in_place")
-  else:
+  elif theirs["meta_info"]["finish_reason"]["type"] == "length":
     sampling["max_new_tokens"] = NEW_TOKENS
   steps = client.state()["steps"]
   future = client.later(body.pop("input_ids"), sampling=body.pop("sampling_params"), **body)
@@ -173,9 +173,15 @@ def recordings():
 RECORDED = recordings()
 needs_recordings = pytest.mark.skipif(not RECORDED, reason="the recordings are not at hand")
 MODEL_OF_VERSION = {"default": 0, "1": 1, "2": 0, "3": 1, "4": 0, "5": 1, "6": 0, "7": 1}
-KEPT_CACHE = ("update_spanning_in_place", TRAP, "update_abort_all_requests")
-"""Some of their tokens saw cache of the weights before (the last: in SGLang's prefix cache, which
-the trap had left unflushed); no forward pass gives those numbers."""
+STALE = {
+  ("update_spanning_in_place", "2"),
+  ("update_spanning_retract", "2"),
+  (TRAP, "5"),
+  (TRAP, "6"),
+  ("update_abort_all_requests", "6"),
+}
+"""(recording, version) whose tokens saw keys of earlier weights: their own, or those in SGLang's
+prefix cache after an update that did not flush it. No forward pass gives those numbers."""
 
 
 @needs_recordings
@@ -207,11 +213,13 @@ def test_every_recorded_logprob_is_scored_within_1e_4(client, models):
   for name, exchange in RECORDED.items():
     body, reply = exchange["request"]["json"], exchange["response"]
     temperature = body["sampling_params"].get("temperature", 1.0)
-    if temperature not in (0, 1) or "input_ids" not in body or name in KEPT_CACHE:
+    if temperature not in (0, 1) or "input_ids" not in body:
       continue
     prompt, recorded = body["input_ids"], reply["meta_info"]["output_token_logprobs"]
     inputs = [p for p, _, _ in reply["meta_info"].get("input_token_logprobs", [])]
     for span in reply["meta_info"]["weight_versions"]:
+      if (name, span["version"]) in STALE:
+        continue
       expected = {len(prompt) + i: recorded[i][0] for i in range(span["start"], span["end"])}
       expected |= {i: p for i, p in enumerate(inputs) if p is not None}
       by_model[MODEL_OF_VERSION[span["version"]]].append((name, prompt, reply, expected))
