@@ -102,6 +102,8 @@ def run_to_end(start: Start) -> int:
   logging.basicConfig(
     level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
   )
+  for chatty in ("absl", "jax", "aiohttp.access"):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
   try:
     start()
   except KeyboardInterrupt:

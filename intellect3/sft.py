@@ -56,8 +56,8 @@ def run(
   resume: bool = False,
   stop: threading.Event | None = None,
   report: Report | None = None,
-) -> dict[str, Any]:
-  """Trains a model on examples and exports it.
+) -> Callable[[], dict[str, Any]]:
+  """Checks a supervised run and returns what trains the model on its examples and exports it.
 
   Args:
     run_dir: where everything goes: `metrics/sft.jsonl`, `checkpoints/`, `model/`, `summary.json`.
@@ -83,15 +83,14 @@ def run(
     report: called with each metrics row; None prints a line now and then.
 
   Returns:
-    The summary, as in `summary.json`: `loss_start`, `loss_end`, `steps`, `tokens_per_second` (of
-    tokens trained on or conditioned on, without padding, compilation aside), `wall_seconds`,
-    `stopped`.
+    A function that does the run. It gives the summary, as in `summary.json`: `loss_start`,
+    `loss_end`, `steps`, `tokens_per_second` (of tokens trained on or conditioned on, without
+    padding, compilation aside), `wall_seconds`, `stopped`.
 
   Raises:
     ValueError: `run_dir` holds a run and `resume` is off, both or neither of `model_config` and
       `model_path`, or a bad number.
   """
-  began = time.monotonic()
   run_dir = pathlib.Path(run_dir)
   if (model_config is None) == (model_path is None):
     raise ValueError("model_config, model_path: expected exactly one of the two")
@@ -105,44 +104,49 @@ def run(
   config, make_state = _initial_state(
     model_config, model_path, model_options or {}, optimizer, seed
   )
-  train_step = jax.jit(
-    make_train_step(
-      config,
-      supervised(loss_fn),
-      optimizer,
+
+  def start() -> dict[str, Any]:
+    began = time.monotonic()
+    train_step = jax.jit(
+      make_train_step(
+        config,
+        supervised(loss_fn),
+        optimizer,
+        micro_rows=micro_rows,
+        head_chunk_size=head_chunk_size,
+      ),
+      donate_argnums=0,
+    )
+    stopping = stop or threading.Event()
+    batches = sft_source.batches(
+      example,
+      examples_per_step=examples_per_step,
+      first_step=1,
+      last_step=steps,
+      row_length=row_length,
       micro_rows=micro_rows,
-      head_chunk_size=head_chunk_size,
-    ),
-    donate_argnums=0,
-  )
-  stop = stop or threading.Event()
-  batches = sft_source.batches(
-    example,
-    examples_per_step=examples_per_step,
-    first_step=1,
-    last_step=steps,
-    row_length=row_length,
-    micro_rows=micro_rows,
-    row_counts=row_counts,
-    stop=stop,
-  )
-  with (
-    batches,
-    checkpoint.Checkpointer(run_dir / "checkpoints", keep=keep_checkpoints) as checkpoints,
-    telemetry.MetricsWriter(run_dir, "sft") as metrics,
-  ):
-    state = make_state()
-    if resume and checkpoints.latest_step() is not None:
-      state = checkpoints.restore(state, batches).state
-    metrics.truncate_after(int(state.step))
-    rows = _Rows(metrics, config, steps, report or _print_row)
-    state = _train(train_step, state, batches, checkpoints, checkpoint_every, rows)
-    stopped = int(state.step) < steps
-  if not stopped:
-    _export(run_dir / "model", config, state.params, model_path, write_tokenizer)
-  summary = _summary(run_dir, int(state.step), stopped, time.monotonic() - began)
-  (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-  return summary
+      row_counts=row_counts,
+      stop=stopping,
+    )
+    with (
+      batches,
+      checkpoint.Checkpointer(run_dir / "checkpoints", keep=keep_checkpoints) as checkpoints,
+      telemetry.MetricsWriter(run_dir, "sft") as metrics,
+    ):
+      state = make_state()
+      if resume and checkpoints.latest_step() is not None:
+        state = checkpoints.restore(state, batches).state
+      metrics.truncate_after(int(state.step))
+      rows = _Rows(metrics, config, steps, report or _print_row)
+      state = _train(train_step, state, batches, checkpoints, checkpoint_every, rows)
+      stopped = int(state.step) < steps
+    if not stopped:
+      _export(run_dir / "model", config, state.params, model_path, write_tokenizer)
+    summary = _summary(run_dir, int(state.step), stopped, time.monotonic() - began)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+  return start
 
 
 def _initial_state(

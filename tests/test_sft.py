@@ -35,7 +35,7 @@ def _run(run_dir, **changes):
     "write_tokenizer": write_tokenizer,
     "report": lambda row: None,
   }
-  return sft.run(run_dir=run_dir, **{**arguments, **changes})
+  return sft.run(run_dir=run_dir, **{**arguments, **changes})()
 
 
 @pytest.fixture(scope="module")
