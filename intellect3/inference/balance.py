@@ -1,7 +1,7 @@
 """Which server gets the next request: the least loaded of those that are not fenced.
 
-Waiting is first come, first served: while anyone waits, a newcomer waits too, and a slot that comes
-free is handed to whoever waited longest.
+Waiting is first come, first served: a slot that comes free is handed to whoever waited longest, so
+while anyone waits no slot is free for a newcomer.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class Balancer:
     """Waits for a slot and takes it; `release` gives it back. NoServers where none is left."""
     if not self.open:
       raise NoServers(self._why_none())
-    if not self.waiting and (server := self._least_loaded()) is not None:
+    if (server := self._least_loaded()) is not None:
       return self._take(server)
     turn: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
     self._waiting.append(turn)

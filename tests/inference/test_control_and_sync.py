@@ -260,6 +260,36 @@ def test_a_dead_server_is_not_healthy():
   assert run_virtual(make_control(a=server).healthy("http://a")) == (False, 5.0)
 
 
+class Refusing(FakeServer):
+  """Answers everything with 503."""
+
+  async def answer(self, method, path, body, timeout):
+    return 503, "busy"
+
+
+def test_a_refusal_is_an_outcome():
+  control = make_control(a=Refusing(), b=FakeServer())
+  outcomes = run_virtual(control.resume())[0]
+  assert not outcomes["http://a"].ok and "503 busy" in outcomes["http://a"].error
+  assert outcomes["http://b"].ok
+  assert not run_virtual(make_control(a=Refusing()).healthy("http://a"))[0]
+
+
+def test_an_admitted_server_counts_as_running():
+  server = Hanging("/continue_generation")
+  control = make_control(a=server)
+
+  async def run():
+    report = await sync(control, path="p", version=3, mode="in_place", canary=CANARY, bound=1e-4)
+    assert "resume failed" in report.fenced["http://a"]
+    server.path = None
+    server.running.set()  # as a restart would
+    control.admit("http://a")
+    assert await control.healthy("http://a")
+
+  run_virtual(run())
+
+
 def test_each_server_has_its_own_outcome():
   good, bad = FakeServer(version=5), Hanging("/model_info")
   outcomes, seconds = run_virtual(make_control(good=good, bad=bad).model_info())
