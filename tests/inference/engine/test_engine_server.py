@@ -1,6 +1,7 @@
 """What the engine promises beyond the recordings: batching, determinism, weights, numbers."""
 
 import dataclasses
+import functools
 import json
 import socket
 import time
@@ -17,14 +18,25 @@ PROMPT = [72, 101, 108, 300, 12, 45, 46]
 LONG = {"max_new_tokens": 400, "ignore_eos": True, "temperature": 1.0}
 
 
+ROW = 128
+"""Length to which the reference pads: one compilation."""
+
+load = functools.cache(hf.load)
+
+
+@functools.cache
+def forward(config):
+  return jax.jit(transformer.Transformer(config).apply)
+
+
 def reference_logprobs(model, ids, temperature=1.0):
-  """The trainer's own forward over whole rows: float64 logprobs of ids 1, 2, .. [T - 1]."""
-  config, params = hf.load(model)
-  tokens = np.asarray([ids], np.int32)
-  output = jax.jit(transformer.Transformer(config).apply)(
-    {"params": params}, tokens, np.arange(len(ids))[None], np.ones_like(tokens)
-  )
-  logits = np.asarray(output.hidden_BTD[0], np.float64) @ np.asarray(params["head"], np.float64)
+  """The trainer's own forward over a whole row: float64 logprobs of ids 1, 2, .. [T - 1]."""
+  config, params = load(model)
+  tokens, segments = np.zeros((2, 1, ROW), np.int32)
+  tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
+  output = forward(config)({"params": params}, tokens, np.arange(ROW)[None], segments)
+  hidden = np.asarray(output.hidden_BTD[0, : len(ids)], np.float64)
+  logits = hidden @ np.asarray(params["head"], np.float64)
   logits /= temperature
   logits -= logits.max(axis=1, keepdims=True)
   logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
