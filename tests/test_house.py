@@ -16,7 +16,7 @@ LEVELS = (
   ("types", "losses", "sharding", "kernels", "telemetry"),
   ("models", "rendering", "environments"),
   ("inference", "rollouts", "pipeline", "training", "weights"),
-  ("rl", "sft", "evaluate", "planning"),
+  ("rl", "sft", "evaluate", "planning", "supervisor", "leash", "console", "summary"),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
@@ -33,6 +33,10 @@ JAX_FREE = (
   "intellect3.rl",
   "intellect3.rl.orchestrator",
   "intellect3.rl.worker",
+  "intellect3.supervisor",
+  "intellect3.leash",
+  "intellect3.console",
+  "intellect3.summary",
   "experiments.rl_run",
 )
 WHOLE_PACKAGES = ("rendering", "environments", "inference", "rollouts")
