@@ -72,7 +72,7 @@ def test_more_connections_than_aiohttps_default_limit():
 def test_no_answer_is_a_transport_error():
   async def handler(request):
     if request.path == "/slow":
-      await asyncio.sleep(5.0)
+      await asyncio.sleep(1.0)
     request.transport.close()
     return web.Response()
 
