@@ -78,7 +78,8 @@ def parse(text: str, *, without_jax: bool) -> None:
     # gin adds "In bindings string line N"; the line itself follows and says more than the number.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("In bindings string")]
-    raise ConfigError(": ".join(dict.fromkeys(lines)) or repr(error)) from error
+    message = ": ".join(dict.fromkeys(lines)).replace(".: ", ": ")
+    raise ConfigError(message or repr(error)) from error
 
 
 def call(function: Callable[..., Start], **arguments: Any) -> Start:

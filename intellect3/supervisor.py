@@ -40,7 +40,11 @@ class Child:
 
 
 def supervise(
-  children: Sequence[Child], *, tick: Callable[[], None], interval_seconds: float = 0.2
+  children: Sequence[Child],
+  *,
+  tick: Callable[[], None],
+  interval_seconds: float = 0.2,
+  patience_seconds: float = 10.0,
 ) -> None:
   """Runs the children until every one that `ends_run` has ended with exit code 0.
 
@@ -48,6 +52,7 @@ def supervise(
     children: started in this order.
     tick: called between looks at the children (the console).
     interval_seconds: how often to look.
+    patience_seconds: from SIGTERM to SIGKILL, at the end.
 
   Raises:
     ChildFailed: a child ended with another exit code, or before it should.
@@ -70,7 +75,7 @@ def supervise(
         tick()
         time.sleep(interval_seconds)
     finally:
-      end_all(list(processes.values()))
+      end_all(list(processes.values()), patience_seconds)
       tick()
 
 
@@ -87,9 +92,7 @@ def _start(child: Child) -> subprocess.Popen[bytes]:
     )
 
 
-def end_all(
-  processes: Sequence[subprocess.Popen[bytes]], *, patience_seconds: float = 10.0
-) -> None:
+def end_all(processes: Sequence[subprocess.Popen[bytes]], *, patience_seconds: float) -> None:
   """SIGTERM to every process group, then SIGKILL to what is left after `patience_seconds`."""
   for process in processes:
     if process.poll() is None:

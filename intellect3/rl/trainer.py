@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from intellect3 import telemetry, types
-from intellect3.models import hf, transformer
+from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import placement, rollout_source
 from intellect3.pipeline.shards import read_manifest
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
-from intellect3.sharding import rules, specs
-from intellect3.training import checkpoint, flops, scoring, step
+from intellect3.sharding import rules
+from intellect3.training import checkpoint, flops, layout, scoring, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
 from intellect3.weights import manifest as manifests
@@ -94,11 +94,12 @@ def trainer(
   def main() -> None:
     axes = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
     device_mesh = mesh_lib.make_mesh(**axes)
-    placement.check_rows(device_mesh, micro_rows)
+    placement.check_rows(device_mesh, micro_rows=micro_rows, row_length=row_length)
     config, params = hf.load(shared.model_path, **(model_options or {}))
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(device_mesh))
-      state = _initial_state(config, params, optimizer, device_mesh)
+      shardings = layout.state_shardings(config, optimizer, device_mesh, rules.TRAIN_FSDP)
+      state = layout.make_state(config, optimizer, shardings, params=params)
       stop = threading.Event()
       batches = stack.enter_context(
         contextlib.closing(
@@ -132,11 +133,13 @@ def trainer(
         dtype=weights_dtype,
       )
       publisher.publish(state)
-      train_step = jax.jit(
+      train_step = layout.compile_step(
         step.make_train_step(
           config, loss_fn, optimizer, micro_rows=micro_rows, head_chunk_size=head_chunk_size
         ),
-        donate_argnums=0,
+        shardings,
+        device_mesh,
+        rules.TRAIN_FSDP,
       )
       _loop(
         shared,
@@ -219,15 +222,6 @@ def _batch_metrics(batch: Any) -> dict[str, float]:
     "token_staleness_mean": float(staleness.mean()) if staleness.size else 0.0,
     "token_staleness_max": float(staleness.max(initial=0)),
   }
-
-
-def _initial_state(
-  config: ModelConfig, params: Any, optimizer: optimizers.Optimizer, mesh: jax.sharding.Mesh
-) -> states.TrainState:
-  shapes, logical = transformer.abstract(config)
-  shardings = specs.tree_shardings(logical, shapes, mesh, rules.TRAIN_FSDP)
-  placed = jax.tree.map(jax.device_put, params, shardings)
-  return jax.jit(lambda params: states.create(params, optimizer))(placed)
 
 
 def _target(state: states.TrainState) -> states.TrainState:

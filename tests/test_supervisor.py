@@ -1,0 +1,102 @@
+"""Processes of a run: who died, why, and that nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from intellect3 import supervisor
+
+
+def child(tmp_path, name, code, *, ends_run=True):
+  return supervisor.Child(
+    name=name,
+    command=[sys.executable, "-c", code],
+    log=tmp_path / f"{name}.log",
+    ends_run=ends_run,
+  )
+
+
+# A process that ignores SIGTERM and has a grandchild which does so too.
+STUBBORN = (
+  "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+  "code = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)';"
+  "p = subprocess.Popen([sys.executable, '-c', code]); print('pid', p.pid, flush=True);"
+  "time.sleep(600)"
+)
+
+
+def test_a_run_ends_when_all_that_should_have_ended(tmp_path):
+  supervisor.supervise(
+    [
+      child(tmp_path, "server", "import time; time.sleep(600)", ends_run=False),
+      child(tmp_path, "trainer", "print('done')"),
+    ],
+    tick=lambda: None,
+    interval_seconds=0.02,
+  )
+  assert (tmp_path / "trainer.log").read_text() == "done\n"
+
+
+def test_a_failure_names_child_reason_and_log_and_ends_the_others(tmp_path):
+  with pytest.raises(supervisor.ChildFailed) as failure:
+    supervisor.supervise(
+      [
+        child(tmp_path, "server", STUBBORN, ends_run=False),
+        child(tmp_path, "trainer", "import time; time.sleep(1); raise ValueError('row too long')"),
+      ],
+      tick=lambda: None,
+      interval_seconds=0.02,
+      patience_seconds=0.5,
+    )
+  message = str(failure.value)
+  assert "trainer ended with exit code 1" in message
+  assert "ValueError: row too long" in message
+  assert str(tmp_path / "trainer.log") in message
+  grandchild = int((tmp_path / "server.log").read_text().split()[1])
+  assert not psutil.pid_exists(grandchild)
+
+
+def test_a_server_that_ends_early_is_a_failure_even_with_code_0(tmp_path):
+  with pytest.raises(supervisor.ChildFailed, match="server ended before the run did"):
+    supervisor.supervise(
+      [
+        child(tmp_path, "server", "pass", ends_run=False),
+        child(tmp_path, "trainer", "import time; time.sleep(600)"),
+      ],
+      tick=lambda: None,
+      interval_seconds=0.02,
+    )
+
+
+def test_children_die_with_a_supervisor_that_is_killed(tmp_path):
+  code = f"""
+import pathlib, sys
+from intellect3 import supervisor
+supervisor.supervise([supervisor.Child(
+  name="c", command=[sys.executable, "-c", "import os,time; print(os.getpid(), flush=True);"
+    "time.sleep(600)"],
+  log=pathlib.Path({str(tmp_path / "c.log")!r}), ends_run=True)], tick=lambda: None)
+"""
+  process = subprocess.Popen([sys.executable, "-c", code])
+  log = tmp_path / "c.log"
+  deadline = time.monotonic() + 30
+  while not (log.exists() and log.read_text().strip()) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  pid = int(log.read_text())
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  while psutil.pid_exists(pid) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert not psutil.pid_exists(pid)
+
+
+def test_last_words_prefer_the_line_that_says_what_went_wrong(tmp_path):
+  log = tmp_path / "log"
+  log.write_text("start\nTraceback\nintellect3.rollouts.RunFailed: no server is left\nbye\n")
+  assert supervisor.last_words(log) == "intellect3.rollouts.RunFailed: no server is left"
+  assert supervisor.last_words(tmp_path / "none") == "no log"
