@@ -75,7 +75,7 @@ def supervise(
         tick()
         time.sleep(interval_seconds)
     finally:
-      end_all(list(processes.values()), patience_seconds)
+      end_all(list(processes.values()), patience_seconds=patience_seconds)
       tick()
 
 
