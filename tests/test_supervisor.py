@@ -21,6 +21,14 @@ def child(tmp_path, name, code, *, ends_run=True):
   )
 
 
+def alive(pid):
+  """Whether a process runs; one that is dead and not yet collected by init does not."""
+  try:
+    return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+  except psutil.NoSuchProcess:
+    return False
+
+
 # A process that ignores SIGTERM and has a grandchild which does so too.
 STUBBORN = (
   "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -58,7 +66,7 @@ def test_a_failure_names_child_reason_and_log_and_ends_the_others(tmp_path):
   assert "ValueError: row too long" in message
   assert str(tmp_path / "trainer.log") in message
   grandchild = int((tmp_path / "server.log").read_text().split()[1])
-  assert not psutil.pid_exists(grandchild)
+  assert not alive(grandchild)
 
 
 def test_a_server_that_ends_early_is_a_failure_even_with_code_0(tmp_path):
@@ -90,9 +98,9 @@ supervisor.supervise([supervisor.Child(
   pid = int(log.read_text())
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
-  while psutil.pid_exists(pid) and time.monotonic() < deadline:
+  while alive(pid) and time.monotonic() < deadline:
     time.sleep(0.02)
-  assert not psutil.pid_exists(pid)
+  assert not alive(pid)
 
 
 def test_last_words_prefer_the_line_that_says_what_went_wrong(tmp_path):
