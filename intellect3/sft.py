@@ -17,13 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from intellect3 import telemetry
 from intellect3.losses.supervised import negative_log_likelihood
-from intellect3.models import hf, transformer
+from intellect3.models import hf
 from intellect3.models.config import ModelConfig
-from intellect3.pipeline import iteration, packing, sft_source
-from intellect3.training import checkpoint, flops
+from intellect3.pipeline import iteration, packing, placement, sft_source
+from intellect3.sharding.mesh import make_mesh
+from intellect3.sharding.rules import TRAIN_FSDP, Rules
+from intellect3.training import checkpoint, flops, layout
 from intellect3.training import state as states
 from intellect3.training.optimizer import Optimizer
 from intellect3.training.step import make_train_step, supervised
@@ -49,6 +52,8 @@ def run(
   row_counts: Sequence[int] | None = None,
   loss_fn: Callable[..., Any] = negative_log_likelihood,
   head_chunk_size: int = 1024,
+  mesh: Mesh | None = None,
+  rules: Rules = TRAIN_FSDP,
   seed: int = 0,
   checkpoint_every: int | None = None,
   keep_checkpoints: int = 2,
@@ -74,6 +79,8 @@ def run(
     row_counts: allowed numbers of rows of a batch; None: `micro_rows` times the powers of two.
     loss_fn: `(logprobs, loss_mask, *, denominator) -> (loss, metrics)`.
     head_chunk_size: tokens per chunk of the vocabulary head.
+    mesh: of `sharding.mesh.make_mesh`; None lays all devices along `fsdp`.
+    rules: logical axis -> mesh axis, of `sharding.rules`.
     seed: of the initial parameters.
     checkpoint_every: steps between checkpoints; None saves only the last step.
     keep_checkpoints: how many to keep.
@@ -94,29 +101,36 @@ def run(
   run_dir = pathlib.Path(run_dir)
   if (model_config is None) == (model_path is None):
     raise ValueError("model_config, model_path: expected exactly one of the two")
-  for field, value in (("steps", steps), ("checkpoint_every", checkpoint_every or 1)):
+  for field, value in (
+    ("steps", steps),
+    ("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every),
+    ("keep_checkpoints", keep_checkpoints),
+    ("examples_per_step", examples_per_step),
+    ("row_length", row_length),
+    ("head_chunk_size", head_chunk_size),
+  ):
     if value < 1:
       raise ValueError(f"{field}: expected at least 1, got {value}")
+  packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)
+  mesh = mesh or make_mesh(fsdp=jax.device_count())
+  placement.check_rows(mesh, micro_rows=micro_rows, row_length=row_length)
   if not resume and run_dir.exists():
     found = sorted({entry.name for entry in run_dir.iterdir()} - _EXPECTED_FILES)
     if found:
       raise ValueError(f"run_dir: expected none, or resume; got {run_dir} with {', '.join(found)}")
-  config, make_state = _initial_state(
-    model_config, model_path, model_options or {}, optimizer, seed
-  )
+  config, params = _initial(model_config, model_path, model_options or {})
+  shardings = layout.state_shardings(config, optimizer, mesh, rules)
 
   def start() -> dict[str, Any]:
     began = time.monotonic()
-    train_step = jax.jit(
-      make_train_step(
-        config,
-        supervised(loss_fn),
-        optimizer,
-        micro_rows=micro_rows,
-        head_chunk_size=head_chunk_size,
-      ),
-      donate_argnums=0,
+    step = make_train_step(
+      config,
+      supervised(loss_fn),
+      optimizer,
+      micro_rows=micro_rows,
+      head_chunk_size=head_chunk_size,
     )
+    train_step = layout.compile_step(step, shardings, mesh)
     stopping = stop or threading.Event()
     batches = sft_source.batches(
       example,
@@ -133,12 +147,21 @@ def run(
       checkpoint.Checkpointer(run_dir / "checkpoints", keep=keep_checkpoints) as checkpoints,
       telemetry.MetricsWriter(run_dir, "sft") as metrics,
     ):
-      state = make_state()
+      state = layout.make_state(
+        config, optimizer, shardings, seed=seed if params is None else None, params=params
+      )
       if resume and checkpoints.latest_step() is not None:
         state = checkpoints.restore(state, batches).state
       metrics.truncate_after(int(state.step))
       rows = _Rows(metrics, config, steps, report or _print_row)
-      state = _train(train_step, state, batches, checkpoints, checkpoint_every, rows)
+      state = _train(
+        lambda state, batch: train_step(state, placement.place(batch, mesh)),
+        state,
+        batches,
+        checkpoints,
+        checkpoint_every,
+        rows,
+      )
       stopped = int(state.step) < steps
     if not stopped:
       _export(run_dir / "model", config, state.params, model_path, write_tokenizer)
@@ -149,22 +172,17 @@ def run(
   return start
 
 
-def _initial_state(
+def _initial(
   model_config: ModelConfig | None,
   model_path: str | os.PathLike[str] | None,
   model_options: Mapping[str, Any],
-  optimizer: Optimizer,
-  seed: int,
-) -> tuple[ModelConfig, Callable[[], states.TrainState]]:
+) -> tuple[ModelConfig, Any]:
+  """The config, and the parameters on the host where they come from a file (else None)."""
   if model_config is not None:
-    config = dataclasses.replace(model_config, **model_options)
-    make = jax.jit(lambda: states.create(transformer.init(config, jax.random.key(seed)), optimizer))
-    return config, make
+    return dataclasses.replace(model_config, **model_options), None
   assert model_path is not None
   config, params = hf.load(model_path, dtype="float32")
-  return dataclasses.replace(config, **model_options), lambda: jax.jit(
-    lambda params: states.create(params, optimizer)
-  )(params)
+  return dataclasses.replace(config, **model_options), params
 
 
 def _train(

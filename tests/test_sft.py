@@ -105,10 +105,17 @@ def test_a_stopped_run_ends_with_a_checkpoint_and_goes_on(straight, tmp_path):
     ({"checkpoint_every": 0}, "checkpoint_every"),
     ({"model_config": None}, "model_path"),
     ({"micro_rows": 3}, "row_counts"),
-    ({"row_length": 4}, "row_length"),
+    ({"examples_per_step": 0}, "examples_per_step"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints"),
     ({"head_chunk_size": 0}, "chunk_size"),
   ],
 )
-def test_bad_values_are_named(tmp_path, changes, field):
+def test_bad_values_are_named_before_anything_starts(tmp_path, changes, field):
   with pytest.raises(ValueError, match=field):
     _run(tmp_path / "run", **changes)
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_example_that_does_not_fit_is_named(tmp_path):
+  with pytest.raises(ValueError, match="row_length"):
+    _run(tmp_path / "run", row_length=4)

@@ -1,0 +1,113 @@
+"""Where the train state lies on the mesh, and the step compiled for it.
+
+The tables of `sharding.rules` say it for the parameters; the optimizer's moments lie as their
+parameters do, and everything else is replicated. One device is a mesh like any other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from intellect3.models import transformer
+from intellect3.models.config import ModelConfig
+from intellect3.sharding import specs
+from intellect3.sharding.rules import Rules
+from intellect3.training import state as states
+from intellect3.training.optimizer import Optimizer
+
+
+def state_shardings(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, rules: Rules) -> Any:
+  """The sharding of every array of the train state.
+
+  Args:
+    config: the model.
+    optimizer: the run's.
+    mesh: the mesh.
+    rules: logical axis -> mesh axis.
+
+  Returns:
+    A TrainState of NamedSharding.
+
+  Raises:
+    ValueError: a parameter does not divide over its mesh axes.
+  """
+  shapes, axes = transformer.abstract(config)
+  params = specs.tree_shardings(axes, shapes, mesh, rules)
+  by_path = {
+    (_names(path), shape.shape): sharding
+    for (path, shape), sharding in zip(
+      jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(params), strict=True
+    )
+  }
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def moment(path: Any, leaf: Any) -> NamedSharding:
+    names = _names(path)
+    tails = (by_path.get((names[start:], leaf.shape)) for start in range(len(names)))
+    return next((found for found in tails if found is not None), replicated)
+
+  opt_state = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(optimizer.init, shapes))
+  return states.TrainState(replicated, params, opt_state)  # type: ignore[arg-type]
+
+
+def make_state(
+  config: ModelConfig,
+  optimizer: Optimizer,
+  shardings: Any,
+  *,
+  seed: int | None = None,
+  params: Any = None,
+) -> states.TrainState:
+  """The state before the first step, made where it will lie.
+
+  Args:
+    config: the model.
+    optimizer: the run's.
+    shardings: of `state_shardings`.
+    seed: of fresh parameters; or
+    params: the parameters to start from, on the host.
+
+  Raises:
+    ValueError: both or neither of `seed` and `params`.
+  """
+  if (seed is None) == (params is None):
+    raise ValueError("seed, params: expected exactly one of the two")
+  if seed is not None:
+    key = jax.random.key(seed)
+    make = jax.jit(
+      lambda key: states.create(transformer.init(config, key), optimizer), out_shardings=shardings
+    )
+    return make(key)
+  placed = jax.device_put(params, shardings.params)
+  create = jax.jit(lambda params: states.create(params, optimizer), out_shardings=shardings)
+  return create(placed)
+
+
+def compile_step(train_step: Callable[..., Any], shardings: Any, mesh: Mesh) -> Callable[..., Any]:
+  """Jits a train step for a mesh, with the state donated and kept in its layout.
+
+  Where the activations lie, the compiler infers from the state and the batch: Flax's own
+  constraints (`nn.logical_axis_rules`) cannot be on here, since they refuse kernels of more than
+  two axes (`nn.DenseGeneral` initialises them flat).
+
+  Args:
+    train_step: of `step.make_train_step`.
+    shardings: of `state_shardings`.
+    mesh: the mesh.
+
+  Returns:
+    (state, batch on the mesh) -> (state, metrics).
+  """
+  compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+  def step(state: states.TrainState, batch: Any) -> Any:
+    with jax.set_mesh(mesh):
+      return compiled(state, batch)
+
+  return step
+
+
+def _names(path: Any) -> tuple[str, ...]:
+  return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

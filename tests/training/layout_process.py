@@ -1,0 +1,66 @@
+"""Run by test_layout in a process of its own: one step on four fake devices and on one."""
+
+import dataclasses
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import numpy as np
+from training_batches import pack, records
+
+from intellect3.losses.policy_gradient import masked_importance_loss
+from intellect3.models import presets
+from intellect3.pipeline import placement
+from intellect3.sharding.mesh import make_mesh
+from intellect3.sharding.rules import TRAIN_FSDP
+from intellect3.training import layout, optimizer, step
+
+CONFIG = dataclasses.replace(
+  presets.tiny(embed_dim=16, head_dim=4, mlp_dim=24, expert_mlp_dim=8, vocab_size=32),
+  expert_block_size=8,
+)
+LENGTHS = [8, 5, 7, 3, 4, 6, 8, 3]
+ROWS = ((0,), (1, 3), (2,), (4,), (5,), (6,), (7,))
+RATE = 1e-2
+
+
+def one_step(mesh, made):
+  shardings = layout.state_shardings(CONFIG, made, mesh, TRAIN_FSDP)
+  state = layout.make_state(CONFIG, made, shardings, seed=0)
+  train_step = step.make_train_step(
+    CONFIG, masked_importance_loss, made, micro_rows=4, head_chunk_size=16
+  )
+  batch = pack(records(LENGTHS), ROWS, row_length=8, row_count=8)
+  compiled = layout.compile_step(train_step, shardings, mesh)
+  state, metrics = compiled(state, placement.place(batch, mesh))
+  jax.tree.map(lambda leaf, sharding: _laid(leaf, sharding), state, shardings)
+  return state, metrics
+
+
+def _laid(leaf, sharding):
+  assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (leaf.sharding, sharding)
+
+
+def main():
+  made = optimizer.adamw(learning_rate=RATE, eps=1e-3, clip_norm=None)
+  alone = make_mesh(devices=jax.devices()[:1])
+  state_1, metrics_1 = one_step(alone, made)
+  state_4, metrics_4 = one_step(make_mesh(data=2, fsdp=2), made)
+  kernel = state_4.params["moe_layers"]["moe"]["experts"]["up"]
+  assert kernel.addressable_shards[0].data.shape[2] == kernel.shape[2] // 2  # embed over fsdp
+  moments = [
+    leaf
+    for leaf in jax.tree.leaves(state_4.opt_state)
+    if leaf.shape == kernel.shape and leaf.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+  ]
+  assert len(moments) >= 2  # Adam's two moments lie as the parameter does
+  for name, value in metrics_1.items():
+    np.testing.assert_allclose(metrics_4[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * RATE), state_4.params, state_1.params
+  )
+  print("same")
+
+
+main()
