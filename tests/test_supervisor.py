@@ -29,6 +29,13 @@ def alive(pid):
     return False
 
 
+def gone_within(pid, seconds):
+  deadline = time.monotonic() + seconds
+  while alive(pid) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  return not alive(pid)
+
+
 # A process that ignores SIGTERM and has a grandchild which does so too.
 STUBBORN = (
   "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -66,7 +73,7 @@ def test_a_failure_names_child_reason_and_log_and_ends_the_others(tmp_path):
   assert "ValueError: row too long" in message
   assert str(tmp_path / "trainer.log") in message
   grandchild = int((tmp_path / "server.log").read_text().split()[1])
-  assert not alive(grandchild)
+  assert gone_within(grandchild, 5.0)
 
 
 def test_a_server_that_ends_early_is_a_failure_even_with_code_0(tmp_path):
@@ -98,9 +105,7 @@ supervisor.supervise([supervisor.Child(
   pid = int(log.read_text())
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
-  while alive(pid) and time.monotonic() < deadline:
-    time.sleep(0.02)
-  assert not alive(pid)
+  assert gone_within(pid, 5.0)
 
 
 def test_last_words_prefer_the_line_that_says_what_went_wrong(tmp_path):
