@@ -7,6 +7,7 @@ parameters do, and everything else is replicated. One device is a mesh like any 
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -85,22 +86,27 @@ def make_state(
   return create(placed)
 
 
-def compile_step(train_step: Callable[..., Any], shardings: Any, mesh: Mesh) -> Callable[..., Any]:
+def compile_step(
+  train_step: Callable[..., Any], shardings: Any, mesh: Mesh, rules: Rules | None = None
+) -> Callable[..., Any]:
   """Jits a train step for a mesh, with the state donated and kept in its layout.
-
-  Where the activations lie, the compiler infers from the state and the batch: Flax's own
-  constraints (`nn.logical_axis_rules`) cannot be on here, since they refuse kernels of more than
-  two axes (`nn.DenseGeneral` initialises them flat).
 
   Args:
     train_step: of `step.make_train_step`.
     shardings: of `state_shardings`.
     mesh: the mesh.
+    rules: constrains the activations too; None leaves them to the compiler, which infers them from
+      the state and the batch. On one device there is nothing to constrain.
 
   Returns:
     (state, batch on the mesh) -> (state, metrics).
   """
-  compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+  def scoped(state: states.TrainState, batch: Any) -> Any:
+    with nn.logical_axis_rules(rules if rules is not None and mesh.size > 1 else ()):
+      return train_step(state, batch)
+
+  compiled = jax.jit(scoped, donate_argnums=0, out_shardings=(shardings, None))
 
   def step(state: states.TrainState, batch: Any) -> Any:
     with jax.set_mesh(mesh):
