@@ -7,6 +7,7 @@ Layers of one kind are stacked and scanned, so compile time does not grow with d
 (residual stream, KV cache); the layer's index is a scanned input.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -187,8 +188,9 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Any:
   return Transformer(config).init(key, token, token, token + 1)["params"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Random parameters, a nested dict of arrays in config.param_dtype.
+  """Random parameters, a nested dict of arrays in config.param_dtype; a jitted function.
 
   Kernels are normal with deviation 1 / sqrt(fan in), times 1 / sqrt(2 L) where they write to the
   residual stream and times `HEAD_SCALE` in the head; embeddings are normal with `EMBEDDING_STD`;
@@ -197,12 +199,15 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
   return nn.meta.unbox(_boxed_init(config, key))
 
 
+@functools.lru_cache(maxsize=64)
 def abstract(config: ModelConfig) -> tuple[Params, Params]:
   """Shapes and logical axes of the parameters; nothing is allocated.
 
+  Traced once per config: every publication and every load of weights asks for it.
+
   Returns:
-    Two nested dicts of the parameters' structure: of `jax.ShapeDtypeStruct`, and of tuples with one
-    axis name (or None) per dimension. Map over both with the shapes first.
+    Two nested dicts, not to be changed, of the parameters' structure: of `jax.ShapeDtypeStruct`,
+    and of tuples with one axis name (or None) per dimension. Map over both, the shapes first.
   """
   boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
   is_boxed = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
