@@ -139,7 +139,6 @@ def trainer(
         ),
         shardings,
         device_mesh,
-        rules.TRAIN_FSDP,
       )
       _loop(
         shared,

@@ -1,0 +1,390 @@
+"""Whole runs, as a user starts them: every process real, small sizes, few steps.
+
+The model is warmed up once for the session; runs share XLA's compilation cache.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.numpy
+
+from intellect3 import telemetry, types
+from intellect3.rollouts import log
+
+DEMO = "experiments/configs/runs/demo.gin"
+SFT = "experiments/configs/runs/demo_sft.gin"
+
+SMALL = {
+  "rl.run.num_workers": 0,
+  "orchestrator.orchestrator.prompts_per_step": 4,
+  "orchestrator.orchestrator.rollouts_per_prompt": 4,
+  "orchestrator.orchestrator.max_rollouts_in_flight": 32,
+  "orchestrator.orchestrator.evaluation_tasks": 8,
+  "trainer.trainer.row_length": 64,
+  "trainer.trainer.micro_rows": 8,
+  "trainer.trainer.checkpoint_every": 4,
+  "inference.embedded_server.options": {
+    "context_length": 32,
+    "slots": 16,
+    "prefill_rows": 8,
+    "prefill_chunk": 8,
+  },
+}
+SYNCHRONOUS = {
+  "orchestrator.orchestrator.max_off_policy_steps": 0,
+  "orchestrator.orchestrator.deterministic": True,
+}
+
+
+def arguments(out, settings, *extra):
+  bindings = {**SMALL, **settings}
+  sets = [part for key, value in bindings.items() for part in ("--set", f"{key}={value!r}")]
+  return [
+    sys.executable,
+    "-m",
+    "experiments.rl_run",
+    "--gin",
+    DEMO,
+    "--out",
+    str(out),
+    *sets,
+    *extra,
+  ]
+
+
+def run(out, settings, *extra, timeout=240):
+  return subprocess.run(
+    arguments(out, settings, *extra), capture_output=True, text=True, timeout=timeout
+  )
+
+
+def rows(out, name):
+  return telemetry.read_metrics(telemetry.metrics_path(out, name))
+
+
+def identity(row):
+  ended = sum(row[key] for key in ("trained", "filtered", "stale", "cancelled", "errored"))
+  return row["dispatched"] == ended + row["in_flight"]
+
+
+def processes_of(out):
+  found = []
+  for process in psutil.process_iter(["cmdline", "status"]):
+    command = " ".join(process.info["cmdline"] or [])
+    if str(out) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+      found.append(command)
+  return found
+
+
+def final_weights(out, step):
+  return safetensors.numpy.load_file(out / "weights" / f"v_{step:06d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+  """A model that reverses some words and copies others, as the demo's warm-up makes it."""
+  out = tmp_path_factory.mktemp("warm_up") / "sft"
+  command = [sys.executable, "-m", "experiments.sft_run", "--gin", SFT, "--out", str(out)]
+  result = subprocess.run(
+    [*command, "--set", "sft.run.steps=90", "--set", "schedule.linear.steps=90"],
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
+  assert result.returncode == 0, result.stderr
+  assert json.loads((out / "summary.json").read_text())["loss_end"] < 1.5
+  return out / "model"
+
+
+@pytest.fixture(scope="session")
+def asynchronous(model, tmp_path_factory):
+  """One asynchronous run with workers as processes that several tests look at."""
+  out = tmp_path_factory.mktemp("runs") / "asynchronous"
+  settings = {
+    "rl.run.model_path": str(model),
+    "rl.run.steps": 8,
+    "rl.run.num_workers": 2,
+    "filters.Filters.zero_advantage": True,
+    "filters.Filters.truncated": True,
+    "worker.worker.max_new_tokens": 5,  # too few for some words and their end: truncations
+  }
+  result = run(out, settings)
+  assert result.returncode == 0, result.stdout + result.stderr
+  return out, result
+
+
+def test_a_run_learns_nothing_wrong_about_itself(asynchronous):
+  out, result = asynchronous
+  summary = json.loads((out / "summary.json").read_text())
+  assert summary["steps"] == 8 and summary["in_flight"] == 0
+  assert summary["max_staleness"] <= 2
+  assert summary["eval_tasks"] == 8
+  assert identity(summary)
+  assert [row["step"] for row in rows(out, "trainer")] == list(range(1, 9))
+  for row in rows(out, "orchestrator"):
+    assert identity(row)
+  assert re.search(r"^8 steps in \d+ s: reward", result.stdout, re.MULTILINE)
+  assert (out / "curves.png").stat().st_size > 10_000
+  assert "⟦" in (out / "logs" / "samples_worker_0.txt").read_text()
+  assert list((out / "metrics" / "tensorboard").rglob("events.out.*"))
+  assert processes_of(out) == []
+
+
+def test_filters_fire_through_the_run(asynchronous):
+  out, _ = asynchronous
+  last = rows(out, "orchestrator")[-1]
+  assert last["ended/filtered/zero_advantage"] > 0
+  assert last["ended/filtered/truncated"] > 0
+
+
+def test_the_log_holds_what_was_trained_and_the_trainer_counted_the_same(asynchronous):
+  out, _ = asynchronous
+  for row in rows(out, "trainer"):
+    manifest = log.read_manifest(out / "rollouts", row["step"])
+    records = list(log.read_records(out / "rollouts", manifest))
+    assert row["loss_tokens"] == sum(int(r.trajectory.loss_mask.sum()) for r in records)
+    groups = {}
+    for record in records:
+      groups.setdefault(record.group_id, set()).add(record.task_id)
+      versions = record.trajectory.policy_versions
+      sampled = versions != types.NOT_SAMPLED
+      assert np.all(row["step"] - 1 - versions[sampled] <= 2)
+      assert np.all(versions[sampled] <= row["step"] - 1)
+    assert all(len(tasks) == 1 for tasks in groups.values())
+
+
+def test_on_policy_logprobs_agree_with_the_server_that_sampled(model, tmp_path):
+  out = tmp_path / "run"
+  settings = {"rl.run.model_path": str(model), "rl.run.steps": 2, **SYNCHRONOUS}
+  result = run(out, settings)
+  assert result.returncode == 0, result.stdout + result.stderr
+  for row in rows(out, "trainer"):
+    assert row["token_staleness_max"] == 0
+    assert 0 <= row["mismatch_kl"] < 1e-8
+    assert row["masked_share"] == 0
+
+
+def test_a_run_that_was_killed_and_resumed_ends_in_the_same_bits(model, tmp_path):
+  steps = 10
+  settings = {"rl.run.model_path": str(model), "rl.run.steps": steps, **SYNCHRONOUS}
+  whole = tmp_path / "whole"
+  result = run(whole, settings)
+  assert result.returncode == 0, result.stdout + result.stderr
+
+  broken = tmp_path / "broken"
+  process = subprocess.Popen(arguments(broken, settings), stdout=subprocess.DEVNULL)
+  deadline = time.monotonic() + 200
+  while not any(row["step"] >= 6 for row in rows(broken, "trainer")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  os.kill(process.pid, signal.SIGKILL)  # not even a chance to say goodbye
+  process.wait()
+  while processes_of(broken):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+  result = run(broken, settings, "--resume")
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert [row["step"] for row in rows(broken, "trainer")] == list(range(1, steps + 1))
+  for name, tensor in final_weights(whole, steps).items():
+    np.testing.assert_array_equal(final_weights(broken, steps)[name], tensor, err_msg=name)
+  for row in rows(broken, "orchestrator"):
+    assert identity(row)
+
+
+@pytest.mark.parametrize("rule", ["drop", "mask"])
+def test_pools_and_staleness_rules_fire_through_the_run(model, tmp_path, rule):
+  gin = tmp_path / "slow.gin"
+  gin.write_text("from tests.environments import two_turns\n")
+  out = tmp_path / "run"
+  settings = {
+    "rl.run.model_path": str(model),
+    "rl.run.steps": 12,
+    "worker.worker.max_tokens": 64,
+    "orchestrator.orchestrator.staleness_rule": rule,
+    "orchestrator.orchestrator.max_off_policy_steps": 1,
+    "orchestrator.orchestrator.evaluation_tasks": 0,
+    "filters.Filters.zero_advantage": False,
+    "difficulty.Pools.easy_threshold": 0.7,
+    "difficulty.Pools.hard_threshold": 0.05,
+    "difficulty.Pools.hard_fraction": 0.2,
+    "difficulty.Pools.easy_fraction": 0.1,
+  }
+  options = {**SMALL["inference.embedded_server.options"], "context_length": 64}
+  result = run(
+    out,
+    {**settings, "inference.embedded_server.options": options},
+    *("--gin", str(gin)),
+    *("--set", "rl.run.environments=[@two_turns.TwoTurns()]"),
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  last = rows(out, "orchestrator")[-1]
+  assert last["pool/hard"] + last["pool/easy"] > 0
+  assert sum(row["rollouts_spanning_versions"] for row in rows(out, "orchestrator")) > 0
+  masked = 0
+  for step in log.committed_steps(out / "rollouts"):
+    for record in log.read_records(out / "rollouts", log.read_manifest(out / "rollouts", step)):
+      trajectory = record.trajectory
+      sampled = trajectory.policy_versions != types.NOT_SAMPLED
+      stale = sampled & (trajectory.policy_versions < step - 2)
+      assert not np.any(trajectory.loss_mask & stale)
+      masked += int(np.sum(sampled & ~trajectory.loss_mask))
+  if rule == "drop":
+    assert last["stale"] > 0 and masked == 0
+  else:
+    assert masked > 0
+
+
+def test_a_corrupted_tensor_fences_the_server_and_the_run_says_so(model, tmp_path):
+  out = tmp_path / "run"
+  settings = {"rl.run.model_path": str(model), "rl.run.steps": 200}
+  process = subprocess.Popen(
+    arguments(out, settings), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+  )
+  deadline = time.monotonic() + 200
+  while not any(row["step"] >= 2 for row in rows(out, "trainer")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  # From now on every published version loses one tensor between trainer and server.
+  while process.poll() is None and time.monotonic() < deadline:
+    for version in sorted((out / "weights").glob("v_*"))[-1:]:
+      try:
+        corrupt(version / "model.safetensors")
+      except (FileNotFoundError, ValueError):
+        continue  # pruned meanwhile
+    time.sleep(0.001)
+  error = process.stderr.read()
+  assert process.returncode == 1
+  assert "canary logprobs differ from the trainer's by" in error
+  assert "no server is left" in error
+  assert processes_of(out) == []
+
+
+def corrupt(path):
+  data = path.read_bytes()
+  header = int.from_bytes(data[:8], "little")
+  entries = json.loads(data[8 : 8 + header])
+  start, end = entries["lm_head.weight"]["data_offsets"]
+  with path.open("r+b") as file:
+    file.seek(8 + header + start)
+    file.write(np.full((end - start) // 4, 0.01, np.float32).tobytes())
+
+
+@pytest.mark.parametrize(
+  ("settings", "extra", "message"),
+  [
+    ({"rl.run.stpes": 3}, [], "Configurable 'rl.run' doesn't have a parameter named 'stpes'"),
+    ({"trainer.trainer.lr": 3}, [], "doesn't have a parameter named 'lr'"),
+    ({"rl.run.model_path": "nowhere"}, [], "nowhere"),
+    ({"rl.run.steps": 0}, [], "steps: expected at least 1, got 0"),
+    ({"orchestrator.orchestrator.staleness_rule": "keep"}, [], "staleness_rule: expected"),
+    ({"optimizer.adamw.clip_norm": -1.0}, [], "clip_norm"),
+    ({"rl.run.num_workers": -1}, [], "num_workers"),
+    ({}, ["--resume"], "there is no run to resume"),
+    ({}, ["--gin", "missing.gin"], "missing.gin: No such file"),
+  ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_started(
+  model, tmp_path, settings, extra, message
+):
+  out = tmp_path / "run"
+  result = run(out, {"rl.run.model_path": str(model), **settings}, *extra, timeout=60)
+  assert result.returncode == 2, result.stdout + result.stderr
+  assert message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  assert not out.exists()
+
+
+def test_a_missing_required_parameter_is_named(tmp_path):
+  gin = tmp_path / "run.gin"
+  gin.write_text(
+    "from __gin__ import dynamic_registration\ninclude 'experiments/configs/runs/rl_base.gin'\n"
+  )
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.rl_run",
+    "--gin",
+    str(gin),
+    "--out",
+    str(tmp_path / "o"),
+  ]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert result.returncode == 2
+  assert (
+    "rl.run" in result.stderr and "'steps'" in result.stderr and "'model_path'" in result.stderr
+  )
+
+
+def test_a_busy_port_is_refused(model, tmp_path):
+  import socket
+
+  with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    settings = {"rl.run.model_path": str(model), "rl.run.server_port": port}
+    result = run(tmp_path / "run", settings, timeout=60)
+  assert result.returncode == 2
+  assert f"port {port}" in result.stderr
+
+
+def test_an_existing_run_is_not_overwritten(asynchronous):
+  out, _ = asynchronous
+  result = run(out, {"rl.run.model_path": "unused"}, timeout=60)
+  assert result.returncode == 2
+  assert "a run is there already; give --resume" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["trainer", "server_0"])
+def test_a_child_that_dies_ends_the_run_and_is_named(model, tmp_path, name):
+  out = tmp_path / "run"
+  process = subprocess.Popen(
+    arguments(out, {"rl.run.model_path": str(model), "rl.run.steps": 500}),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  deadline = time.monotonic() + 200
+  while not any(row["step"] >= 1 for row in rows(out, "trainer")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  marker = "--role trainer" if name == "trainer" else "intellect3.inference.engine"
+  (victim,) = [
+    child for child in psutil.Process(process.pid).children() if marker in " ".join(child.cmdline())
+  ]
+  victim.kill()
+  assert process.wait(60) == 1
+  assert re.search(rf"error: {name} was killed by SIGKILL.*{name}\.log", process.stderr.read())
+  assert processes_of(out) == []
+
+
+def test_ctrl_c_ends_all(model, tmp_path):
+  out = tmp_path / "run"
+  process = subprocess.Popen(
+    arguments(out, {"rl.run.model_path": str(model), "rl.run.steps": 500}),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  deadline = time.monotonic() + 200
+  while not any(row["step"] >= 1 for row in rows(out, "trainer")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(60) == 130
+  assert process.stderr.read().strip().splitlines()[-1] == "interrupted"
+  assert processes_of(out) == []
+
+
+def test_the_paths_of_this_module_exist():
+  assert pathlib.Path(DEMO).exists() and pathlib.Path(SFT).exists()
