@@ -44,9 +44,9 @@ class Attention(nn.Module):
     bias = config.attention_bias
     queries, keys = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
     q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-    q_BTNH = layers.projection(config, "q", queries, q_axes, use_bias=bias)(x_BTD)
-    k_BTKH = layers.projection(config, "k", keys, kv_axes, use_bias=bias)(x_BTD)
-    v_BTKH = layers.projection(config, "v", keys, kv_axes, use_bias=bias)(x_BTD)
+    q_BTNH = layers.Projection(config, queries, q_axes, use_bias=bias, name="q")(x_BTD)
+    k_BTKH = layers.Projection(config, keys, kv_axes, use_bias=bias, name="k")(x_BTD)
+    v_BTKH = layers.Projection(config, keys, kv_axes, use_bias=bias, name="v")(x_BTD)
     if config.qk_norm:
       q_BTNH = layers.RMSNorm(config, name="q_norm")(q_BTNH)
       k_BTKH = layers.RMSNorm(config, name="k_norm")(k_BTKH)
@@ -79,12 +79,12 @@ class Attention(nn.Module):
       scale=config.head_dim**-0.5,
       implementation=config.attention,
     )
-    output = layers.projection(
+    output = layers.Projection(
       config,
-      "o",
-      config.embed_dim,
+      (config.embed_dim,),
       ("heads", "head_dim", "embed"),
       inputs=2,
       scale=layers.residual_scale(config),
+      name="o",
     )
     return output(out_BTNH), cache

@@ -115,14 +115,19 @@ class ModelConfig:
       "expert_block_size",
     ):
       value = getattr(self, field)
-      _require(field, value >= 1, "at least 1", value)
+      _require(field, isinstance(value, int) and value >= 1, "an integer of at least 1", value)
+    for field in ("routed_scaling_factor", "rope_theta", "partial_rotary_factor", "rms_norm_eps"):
+      value = getattr(self, field)
+      _require(field, isinstance(value, int | float) and value >= 0, "a number >= 0", value)
+    for field in ("num_dense_layers", "num_shared_experts"):
+      value = getattr(self, field)
+      _require(field, isinstance(value, int) and value >= 0, "an integer >= 0", value)
     _require(
       "num_dense_layers",
-      0 <= self.num_dense_layers <= self.num_layers,
+      self.num_dense_layers <= self.num_layers,
       f"0 to num_layers ({self.num_layers})",
       self.num_dense_layers,
     )
-    _require("num_shared_experts", self.num_shared_experts >= 0, ">= 0", self.num_shared_experts)
     _require(
       "num_heads",
       self.num_heads % self.num_kv_heads == 0,

@@ -4,6 +4,7 @@ Place in the ring: `attention`, `moe` and `transformer` are built from these. Pa
 logical axis names; the sharding tables map them to mesh axes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,27 +42,42 @@ def parameter(
   return module.param(name, boxed, shape, jnp.dtype(dtype))
 
 
-def projection(
-  config: ModelConfig,
-  name: str,
-  features: int | tuple[int, ...],
-  axes: tuple[str, ...],
-  *,
-  inputs: int = 1,
-  scale: float = 1.0,
-  use_bias: bool = False,
-) -> nn.DenseGeneral:
-  """A linear map of the last `inputs` axes to `features`; `axes` names the kernel's axes."""
-  return nn.DenseGeneral(
-    features,
-    axis=tuple(range(-inputs, 0)),
-    use_bias=use_bias,
-    kernel_init=nn.with_logical_partitioning(kernel_init(scale), axes),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[inputs:]),
-    dtype=jnp.dtype(config.dtype),
-    param_dtype=jnp.dtype(config.param_dtype),
-    name=name,
-  )
+class Projection(nn.Module):
+  """A linear map of the last `inputs` axes to `features`.
+
+  (Not `nn.DenseGeneral`: it initialises a flattened kernel, to which the names of its axes do not
+  apply once a mesh is set.)
+
+  Attributes:
+    config: for the dtypes.
+    features: sizes of the output axes.
+    axes: logical names of the kernel's axes, inputs first.
+    inputs: how many axes are contracted.
+    scale: of the initial kernel, as in `kernel_init`.
+    use_bias: whether a bias is added.
+  """
+
+  config: ModelConfig
+  features: tuple[int, ...]
+  axes: tuple[str, ...]
+  inputs: int = 1
+  scale: float = 1.0
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config, inputs = self.config, self.inputs
+    sizes = x.shape[-inputs:]
+    init = nn.initializers.normal(self.scale / math.prod(sizes) ** 0.5)
+    shape = (*sizes, *self.features)
+    kernel = parameter(self, "kernel", init, shape, self.axes, config.param_dtype)
+    contracted = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    y = jax.lax.dot_general(x, kernel.astype(config.dtype), (contracted, ((), ())))
+    if self.use_bias:
+      zeros = nn.initializers.zeros_init()
+      bias = parameter(self, "bias", zeros, self.features, self.axes[inputs:], config.param_dtype)
+      y = y + bias.astype(config.dtype)
+    return y
 
 
 class RMSNorm(nn.Module):
@@ -106,9 +122,8 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     config, axes = self.config, ("embed", "mlp")
-    gate_BTF = projection(config, "gate", self.width, axes)(x_BTD)
-    up_BTF = projection(config, "up", self.width, axes)(x_BTD)
-    down = projection(
-      config, "down", config.embed_dim, ("mlp", "embed"), scale=residual_scale(config)
-    )
+    gate_BTF = Projection(config, (self.width,), axes, name="gate")(x_BTD)
+    up_BTF = Projection(config, (self.width,), axes, name="up")(x_BTD)
+    scale = residual_scale(config)
+    down = Projection(config, (config.embed_dim,), axes[::-1], scale=scale, name="down")
     return down(jax.nn.silu(gate_BTF) * up_BTF)

@@ -17,11 +17,13 @@ def small(**changes):
 
 def random_params(config, seed=0):
   """Parameters without a zero or one: biases, norm scales and correction biases count too."""
-  leaves, tree = jax.tree.flatten(transformer.init(config, jax.random.key(seed)))
   rng = np.random.default_rng(seed)
-  return tree.unflatten(
-    [leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype) for leaf in leaves]
-  )
+
+  def leaf(path, shape):
+    center = 1.0 if path[-1].key == "scale" else 0.0
+    return rng.normal(center, 0.2, shape.shape).astype(shape.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(config)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -25,6 +25,7 @@ CONFIGS = {
     num_dense_layers=2,
     num_experts_per_token=3,
     partial_rotary_factor=1.0,
+    remat_policy="full",
   ),
 }
 

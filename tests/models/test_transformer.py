@@ -1,6 +1,7 @@
 """Packing, remat, statistics, initialisation and logical axes of the decoder."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +57,11 @@ def test_the_future_and_padding_are_not_seen():
 
 
 def test_remat_policies_change_memory_and_not_gradients():
-  params = helpers.random_params(CONFIG)
+  # Dense layers only, to compile fast; remat of MoE layers is held against torch elsewhere.
   batch = helpers.rows(CONFIG, 4, 64)
   gradients, memory = {}, {}
   for policy in ("none", "dots", "full"):
-    config = dataclasses.replace(CONFIG, remat_policy=policy, num_layers=5)
+    config = dataclasses.replace(CONFIG, remat_policy=policy, num_layers=5, num_dense_layers=5)
     params = helpers.random_params(config)
 
     def loss(params, config=config):
@@ -86,10 +87,10 @@ def test_unknown_policies_are_named():
   with pytest.raises(ValueError, match=r"remat_policy: expected one of \('none', 'full'.*everyth"):
     transformer.abstract(config)
   config = dataclasses.replace(CONFIG, attention="flash")
-  with pytest.raises(ValueError, match="attention: expected one of .*'flash'"):
+  with pytest.raises(ValueError, match=r"attention: expected one of .*'flash'"):
     transformer.abstract(config)
   config = dataclasses.replace(CONFIG, grouped_matmul="ragged")
-  with pytest.raises(ValueError, match="grouped_matmul: expected one of .*'ragged'"):
+  with pytest.raises(ValueError, match=r"grouped_matmul: expected one of .*'ragged'"):
     transformer.abstract(config)
 
 
@@ -109,7 +110,7 @@ def test_depth_costs_no_program():
 
 
 def test_abstract_is_what_init_makes():
-  params = transformer.init(CONFIG, jax.random.key(0))
+  params = jax.eval_shape(functools.partial(transformer.init, CONFIG), jax.random.key(0))
   shapes, axes = transformer.abstract(CONFIG)
   assert jax.tree.structure(shapes) == jax.tree.structure(params)
   allowed = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts", "layers", None}
@@ -147,14 +148,14 @@ def test_init_is_as_documented():
 
 def test_compute_and_parameter_dtypes_are_separate():
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
-  params = transformer.init(config, jax.random.key(0))
+  params = helpers.random_params(config)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   out = helpers.forward(config, params, *helpers.rows(config, 2, 16))
   assert out.hidden_BTD.dtype == jnp.bfloat16 and out.router.load_LE.dtype == jnp.float32
   exact = helpers.forward(CONFIG, params, *helpers.rows(config, 2, 16))
   error = np.abs(out.hidden_BTD.astype(jnp.float32) - exact.hidden_BTD)
-  assert 0 < np.mean(error) < 0.02
-  half = transformer.init(dataclasses.replace(config, param_dtype="bfloat16"), jax.random.key(0))
+  assert 0 < np.mean(error) < 0.05 * np.mean(np.abs(exact.hidden_BTD))
+  half, _ = transformer.abstract(dataclasses.replace(config, param_dtype="bfloat16"))
   bias = half["moe_layers"]["moe"]["router"]["correction_bias"]
   assert half["embedding"].dtype == jnp.bfloat16 and bias.dtype == jnp.float32
 

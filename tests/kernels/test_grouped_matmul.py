@@ -1,0 +1,127 @@
+"""Routed experts: blocked against dense, dense against NumPy; the layout of the dispatch."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from intellect3.kernels import dispatch
+from intellect3.kernels.grouped_matmul import expert_mlp
+
+T, D, F, E, A = 29, 6, 5, 7, 3
+NAMES = ("x", "gate", "up", "down", "weights")
+
+
+def inputs(routing="random", dtype=np.float32):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((T, D))
+  gate, up = rng.standard_normal((2, E, D, F))
+  down = rng.standard_normal((E, F, D))
+  weights = rng.random((T, A))
+  if routing == "random":
+    experts = np.argsort(rng.random((T, E)), axis=1)[:, :A]
+  else:  # every token to the same few experts; the others get none
+    experts = np.broadcast_to([5, 0, 6], (T, A))
+  floats = tuple(jnp.asarray(array, dtype) for array in (x, gate, up, down, weights))
+  return floats, experts.astype(np.int32)
+
+
+def run(x, gate, up, down, weights, experts, implementation, block_size):
+  return expert_mlp(
+    *(x, gate, up, down, experts, weights), implementation=implementation, block_size=block_size
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "block_size"))
+def run_with_gradients(floats, experts, implementation, block_size):
+  def loss(floats):
+    out = run(*floats, experts, implementation, block_size)
+    return jnp.sum(out.astype(jnp.float32) * jnp.sin(jnp.arange(D))), out
+
+  return jax.grad(loss, has_aux=True)(floats)
+
+
+def test_dense_against_float64():
+  floats, experts = inputs()
+  x, gate, up, down, weights = (np.asarray(array, np.float64) for array in floats)
+  expected = np.zeros((T, D))
+  for t, a in np.ndindex(T, A):
+    e = experts[t, a]
+    g = x[t] @ gate[e]
+    expected[t] += weights[t, a] * ((g / (1 + np.exp(-g)) * (x[t] @ up[e])) @ down[e])
+  given = run(*floats, experts, "dense", 1)
+  np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["random", "skewed"])
+@pytest.mark.parametrize("block_size", [1, 8, 64])
+def test_blocked_is_dense_with_its_gradients(routing, block_size):
+  floats, experts = inputs(routing)
+  gradients, out = run_with_gradients(floats, experts, "blocked", block_size)
+  expected_gradients, expected = run_with_gradients(floats, experts, "dense", 1)
+  np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+  for name, given, want in zip(NAMES, gradients, expected_gradients, strict=True):
+    assert np.any(want), name
+    np.testing.assert_allclose(given, want, atol=1e-5 * np.abs(want).max(), err_msg=name)
+
+
+def test_bfloat16_keeps_its_dtypes():
+  floats, experts = inputs(dtype=jnp.bfloat16)
+  gradients, out = run_with_gradients(floats, experts, "blocked", 8)
+  assert out.dtype == jnp.bfloat16 and {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
+  wide = tuple(array.astype(jnp.float32) for array in floats)
+  expected_gradients, expected = run_with_gradients(wide, experts, "dense", 1)
+  np.testing.assert_allclose(np.float32(out), expected, atol=0.03 * np.abs(expected).max())
+  for name, given, want in zip(NAMES, gradients, expected_gradients, strict=True):
+    np.testing.assert_allclose(
+      np.float32(given), want, atol=0.03 * np.abs(want).max(), err_msg=name
+    )
+
+
+def test_the_backward_pass_holds_one_gradient_of_the_experts():
+  """Weight gradients are added in place, not as a full array per block."""
+  experts, embed, mlp, tokens = 32, 64, 64, 256
+  floats = [(tokens, embed), (experts, embed, mlp), (experts, embed, mlp), (experts, mlp, embed)]
+  shapes = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (*floats, (tokens, 2)))
+  routed = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+  lowered = run_with_gradients.lower(shapes, routed, "blocked", 8)
+  stacks = 3 * experts * embed * mlp * 4
+  assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * stacks
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+  seed=st.integers(0, 10_000), skew=st.floats(0, 5), block_size=st.sampled_from([4, 8])
+)
+def test_the_plan_gives_every_pair_its_row_and_no_block_two_experts(seed, skew, block_size):
+  rng = np.random.default_rng(seed)
+  keys = rng.random((T, E)) + skew * np.arange(E) / E
+  experts = np.argsort(keys, axis=1)[:, :A].astype(np.int32)
+  plan = make_plan(experts, block_size)
+  rows = np.asarray(plan.rows_TA)
+  assert len(set(rows.flat)) == T * A
+  tokens = np.asarray(plan.tokens_MR).reshape(-1)
+  np.testing.assert_array_equal(tokens[rows], np.broadcast_to(np.arange(T)[:, None], (T, A)))
+  assert np.sum(tokens != T) == T * A
+  np.testing.assert_array_equal(np.asarray(plan.experts_M)[rows // block_size], experts)
+  used = np.any(np.asarray(plan.tokens_MR) != T, axis=1)
+  np.testing.assert_array_equal(plan.used_M, used)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def make_plan(experts, block_size):
+  return dispatch.plan(experts, num_experts=E, block_size=block_size)
+
+
+def test_wrong_arguments_are_named():
+  floats, experts = inputs()
+  with pytest.raises(ValueError, match=r"grouped_matmul: expected one of .*, got 'ragged'"):
+    run(*floats, experts, "ragged", 8)
+  with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+    run(*floats, experts, "blocked", 0)
+  with pytest.raises(AssertionError):
+    run(*floats, experts[:, :2], "blocked", 8)

@@ -1,0 +1,135 @@
+"""Mesh, tables and tree shardings; and a model whose gradient does not depend on them."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from intellect3.models import presets, transformer
+from intellect3.sharding import mesh, rules, specs
+
+
+def test_the_mesh_has_always_the_same_auto_axes():
+  one = mesh.make_mesh(devices=jax.devices()[:1])
+  assert one.axis_names == ("data", "fsdp", "expert", "context", "tensor")
+  assert one.axis_types == (AxisType.Auto,) * 5
+  with pytest.raises(ValueError, match=r"mesh: expected 2 devices for .*, got 1"):
+    mesh.make_mesh(fsdp=2, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match="context: expected at least 1, got 0"):
+    mesh.make_mesh(context=0)
+
+
+def test_specs_from_the_table():
+  to_spec = rules.to_spec
+  table = rules.TRAIN_FSDP
+  assert to_spec(("layers", "embed", "heads", "head_dim"), table) == PartitionSpec(
+    None, "fsdp", "tensor", None
+  )
+  assert to_spec(("layers", "experts", "embed", "mlp"), table) == PartitionSpec(
+    None, "expert", "fsdp", "tensor"
+  )
+  assert to_spec(("act_batch", "act_length", None), table) == PartitionSpec(
+    ("data", "fsdp", "expert"), "context", None
+  )
+
+
+def test_wrong_tables_are_named():
+  with pytest.raises(ValueError, match="'heads' and 'mlp' both on 'tensor'"):
+    rules.to_spec(("heads", "mlp"), rules.TRAIN_FSDP)
+  with pytest.raises(ValueError, match="'act_batch' and 'embed' both on 'fsdp'"):
+    rules.to_spec(("act_batch", "embed"), rules.TRAIN_FSDP)
+  with pytest.raises(ValueError, match=r"logical axis: expected one of .*, got 'width'"):
+    rules.to_spec(("width",), rules.TRAIN_FSDP)
+  with pytest.raises(ValueError, match="expected each logical axis once"):
+    rules.to_spec(("embed",), (*rules.TRAIN_FSDP, ("embed", None)))
+
+
+def abstract_mesh(**sizes):
+  shape = tuple(sizes.get(axis, 1) for axis in mesh.AXES)
+  return AbstractMesh(shape, mesh.AXES, axis_types=(AxisType.Auto,) * 5)
+
+
+def test_every_parameter_of_the_big_model_divides_over_512_devices():
+  shapes, axes = transformer.abstract(presets.glm_4_5_air())
+  shardings = specs.tree_shardings(axes, shapes, abstract_mesh(fsdp=64, expert=8), rules.TRAIN_FSDP)
+  gate = shardings["moe_layers"]["moe"]["experts"]["gate"]
+  assert gate.shard_shape(shapes["moe_layers"]["moe"]["experts"]["gate"].shape) == (
+    *(45, 16, 64, 1408),
+  )
+  held = [
+    int(np.prod(sharding.shard_shape(shape.shape)))
+    for shape, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+  ]
+  assert sum(held) < 1.6 * 106_852_251_264 / 512
+
+
+def test_dimensions_that_do_not_divide_are_all_named():
+  shapes, axes = transformer.abstract(presets.tiny())
+  with pytest.raises(ValueError) as error:
+    specs.tree_shardings(axes, shapes, abstract_mesh(expert=3, tensor=4), rules.TRAIN_FSDP)
+  message = str(error.value)
+  assert "moe_layers/moe/experts/gate: expected experts to divide by 3" in message
+  assert "dense_layers/attention/k/kernel: expected kv_heads to divide by 4" in message
+  assert "attention/q/kernel" not in message
+  with pytest.raises(ValueError, match=r"embedding: expected 2 axis names, got \('vocab',\)"):
+    specs.tree_shardings(
+      {"embedding": ("vocab",)},
+      {"embedding": shapes["embedding"]},
+      abstract_mesh(),
+      rules.TRAIN_FSDP,
+    )
+
+
+SHARDED_GRADIENT = """
+import jax, jax.numpy as jnp, numpy as np
+import flax.linen as nn
+from intellect3.models import presets, transformer
+from intellect3.sharding import mesh, rules, specs
+
+config = presets.tiny(num_heads=4, remat_policy="full")
+params = transformer.init(config, jax.random.key(0))
+shapes, axes = transformer.abstract(config)
+tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, config.vocab_size)
+positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
+
+def loss(params, tokens):
+  out = transformer.Transformer(config).apply(
+    {"params": params}, tokens, positions, jnp.ones_like(tokens)
+  )
+  return jnp.mean(jnp.sin(3 * out.hidden_BTD))
+
+expected = jax.jit(jax.grad(loss))(params, tokens)
+grid = mesh.make_mesh(fsdp=2, expert=2)
+shardings = specs.tree_shardings(axes, shapes, grid, rules.TRAIN_FSDP)
+rows = jax.NamedSharding(grid, rules.to_spec(("act_batch", "act_length"), rules.TRAIN_FSDP))
+with jax.set_mesh(grid), nn.logical_axis_rules(rules.TRAIN_FSDP):
+  jax.tree.map(np.testing.assert_array_equal, transformer.init(config, jax.random.key(0)), params)
+  given = jax.jit(jax.grad(loss), in_shardings=(shardings, rows), out_shardings=shardings)(
+    jax.device_put(params, shardings), jax.device_put(tokens, rows)
+  )
+assert not given["moe_layers"]["moe"]["experts"]["gate"].sharding.is_fully_replicated
+
+def check(path, a, b):
+  scale = float(jnp.abs(b).max())
+  np.testing.assert_allclose(a, b, atol=2e-5 * scale + 1e-9, err_msg=jax.tree_util.keystr(path))
+
+jax.tree_util.tree_map_with_path(check, given, expected)
+print("equal")
+"""
+
+
+def test_the_gradient_is_that_of_one_device():
+  """Four fake devices in a process of their own: fsdp 2 x expert 2."""
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+  }
+  run = subprocess.run(
+    [sys.executable, "-c", SHARDED_GRADIENT], env=environment, capture_output=True, text=True
+  )
+  assert run.returncode == 0 and run.stdout.strip() == "equal", run.stderr[-3000:]
