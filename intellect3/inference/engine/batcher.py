@@ -15,72 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from intellect3.inference.engine.request import Request
-
-PADDING_SEGMENT = 0
-REAL_SEGMENT = 1
-
-Array = Any
-"""NumPy on the host, a traced array inside a compiled step."""
-
-
-class Sampled(NamedTuple):
-  """What a device call hands back for each of its rows R.
-
-  Attributes:
-    tokens_R: int32, the sampled ids.
-    logprobs_R: float32, of the sampled ids under the temperature-scaled full softmax.
-    input_logprobs_RT: float32, of the ids that follow each input token, at temperature 1; None
-      where the call was not asked for them.
-  """
-
-  tokens_R: Array
-  logprobs_R: Array
-  input_logprobs_RT: Array | None = None
-
-
-class Sampling(NamedTuple):
-  """How each row R samples its next token.
-
-  Attributes:
-    seeds_R2: uint32, high and low word of the request's seed.
-    positions_R: int32, how many tokens the request has sampled so far.
-    temperatures_R: float32, 0 is greedy.
-  """
-
-  seeds_R2: Array
-  positions_R: Array
-  temperatures_R: Array
-
-
-class Decode(NamedTuple):
-  """One token for every slot S; a slot that does not decode has segment `PADDING_SEGMENT`."""
-
-  tokens_S: Array
-  positions_S: Array
-  segments_S: Array
-  sampling: Sampling
-
-
-class Prefill(NamedTuple):
-  """A chunk of prompt for each of R rows, [R, T].
-
-  Attributes:
-    tokens_RT: int32.
-    positions_RT: int32.
-    segments_RT: int32, `PADDING_SEGMENT` where there is no token.
-    targets_RT: int32, the id that follows each token in its prompt, 0 where there is none.
-    slots_R: int32, the slot whose cache the row writes.
-    last_R: int32, index of the row's last token in its chunk; the next token is sampled there.
-    sampling: how the next token is sampled; meaningful only where the chunk ends its prompt.
-  """
-
-  tokens_RT: Array
-  positions_RT: Array
-  segments_RT: Array
-  targets_RT: Array
-  slots_R: Array
-  last_R: Array
-  sampling: Sampling
+from intellect3.inference.engine.steps import (
+  PADDING_SEGMENT,
+  REAL_SEGMENT,
+  Decode,
+  Prefill,
+  Sampled,
+  Sampling,
+  empty_sampling,
+)
 
 
 class Chunk(NamedTuple):
@@ -180,7 +123,7 @@ class Batcher:
     self._tokens_S = np.zeros(slots, np.int32)
     self._positions_S = np.zeros(slots, np.int32)
     self._segments_S = np.full(slots, PADDING_SEGMENT, np.int32)
-    self._sampling_S = _empty_sampling(slots)
+    self._sampling_S = empty_sampling(slots)
 
   @property
   def num_waiting(self) -> int:
@@ -200,7 +143,7 @@ class Batcher:
     slots = len(self._tokens_S)
     zeros = np.zeros(slots, np.int32)
     padding = np.full(slots, PADDING_SEGMENT, np.int32)
-    return Decode(zeros, zeros, padding, _empty_sampling(slots)), self._prefill(())
+    return Decode(zeros, zeros, padding, empty_sampling(slots)), self._prefill(())
 
   def add(self, sequence: Running) -> None:
     self._waiting.append(sequence)
@@ -357,7 +300,7 @@ class Batcher:
       targets_RT=np.zeros(shape, np.int32),
       slots_R=np.zeros(self._rows, np.int32),
       last_R=np.zeros(self._rows, np.int32),
-      sampling=_empty_sampling(self._rows),
+      sampling=empty_sampling(self._rows),
     )
     for row, (sequence, start, end) in enumerate(chunks):
       prompt, count = sequence.request.input_ids, end - start
@@ -374,12 +317,6 @@ class Batcher:
       prefill.last_R[row] = count - 1
       _set_sampling(prefill.sampling, row, sequence)
     return prefill
-
-
-def _empty_sampling(rows: int) -> Sampling:
-  return Sampling(
-    np.zeros((rows, 2), np.uint32), np.zeros(rows, np.int32), np.zeros(rows, np.float32)
-  )
 
 
 def _set_sampling(sampling: Sampling, row: int | None, sequence: Running) -> None:

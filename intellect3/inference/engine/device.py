@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from intellect3.inference.engine.batcher import Decode, Plan, Prefill, Sampled, Sampling
+from intellect3.inference.engine.batcher import Plan
+from intellect3.inference.engine.steps import Decode, Prefill, Sampled, Sampling
 from intellect3.losses.logprobs import chunked_logprobs
 from intellect3.models import cache as kv_cache
 from intellect3.models import hf, transformer

@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from intellect3.inference.engine.batcher import Batcher, Plan, Running, Sampled
+from intellect3.inference.engine.batcher import Batcher, Plan, Running
 from intellect3.inference.engine.request import Request
+from intellect3.inference.engine.steps import Sampled
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intellect3.inference.engine.batcher import (
-  PADDING_SEGMENT,
-  REAL_SEGMENT,
-  Batcher,
-  Plan,
-  Running,
-  Sampled,
-)
+from intellect3.inference.engine.batcher import Batcher, Plan, Running
 from intellect3.inference.engine.request import Request
+from intellect3.inference.engine.steps import PADDING_SEGMENT, REAL_SEGMENT, Sampled
 
 
 def running(rid="r", prompt=(1, 2, 3), new=4, received=0.0, **more):

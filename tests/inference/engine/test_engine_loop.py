@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from intellect3.inference.engine.batcher import Batcher, Sampled
+from intellect3.inference.engine.batcher import Batcher
 from intellect3.inference.engine.loop import Engine, UpdateRefused, Weights
 from intellect3.inference.engine.request import Request
+from intellect3.inference.engine.steps import Sampled
 
 
 class FormulaDevice:

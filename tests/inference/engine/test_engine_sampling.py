@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from intellect3.inference.engine.batcher import Sampling
 from intellect3.inference.engine.device import sample
+from intellect3.inference.engine.steps import Sampling
 
 ROWS, VOCAB = 4096, 12
 LOGITS_V = np.random.default_rng(0).normal(scale=2.0, size=VOCAB).astype(np.float32)
