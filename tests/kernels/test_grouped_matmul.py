@@ -40,7 +40,8 @@ def run(x, gate, up, down, weights, experts, implementation, block_size):
 def run_with_gradients(floats, experts, implementation, block_size):
   def loss(floats):
     out = run(*floats, experts, implementation, block_size)
-    return jnp.sum(out.astype(jnp.float32) * jnp.sin(jnp.arange(D))), out
+    cotangent = jnp.sin(jnp.arange(out.shape[1]))
+    return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
   return jax.grad(loss, has_aux=True)(floats)
 
