@@ -7,7 +7,6 @@ the file without placeholders first, so a misspelling anywhere is found there.
 """
 
 import importlib
-import logging
 import pathlib
 import re
 import sys
@@ -16,8 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
-
-from intellect3 import supervisor
 
 Start = Callable[[], None]
 
@@ -72,6 +69,7 @@ def parse(text: str, *, without_jax: bool) -> None:
   """
   if without_jax:
     _block_jax(text)
+  gin.clear_config()
   try:
     gin.parse_config(text)
   except (ValueError, NameError, SyntaxError, ImportError, AttributeError, TypeError) as error:
@@ -90,30 +88,9 @@ def call(function: Callable[..., Start], **arguments: Any) -> Start:
   """
   try:
     return gin.get_configurable(function)(**arguments)
-  except (ValueError, TypeError, RuntimeError) as error:
-    missing = isinstance(error, RuntimeError)
-    if missing and "Required bindings" not in str(error):
-      raise
+  except (ValueError, TypeError) as error:
     # gin appends where in the configuration it happened; the first line says what.
     raise ConfigError(str(error).strip().splitlines()[0]) from error
-
-
-def run_to_end(start: Start) -> int:
-  """Runs what `call` returned; the exit code for the shell."""
-  logging.basicConfig(
-    level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-  )
-  for chatty in ("absl", "jax", "aiohttp.access"):
-    logging.getLogger(chatty).setLevel(logging.WARNING)
-  try:
-    start()
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    return 130
-  except supervisor.ChildFailed as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  return 0
 
 
 def _block_jax(text: str) -> None:

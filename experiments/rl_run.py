@@ -12,7 +12,7 @@ import argparse
 import pathlib
 import sys
 
-from experiments import gin_config
+from experiments import gin_config, process
 from intellect3 import rl
 
 
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--index", type=int, default=0, help="of a worker or server among its kind")
   parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
   arguments = parser.parse_args(argv)
+  process.prepare()
   try:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=arguments.role in ("orchestrator", "worker"))
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
   except gin_config.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  return gin_config.run_to_end(start)
+  return process.run_to_end(start)
 
 
 if __name__ == "__main__":

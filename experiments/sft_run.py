@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import gin_config
-from intellect3 import sft
+from experiments import gin_config, process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,14 +25,17 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", required=True, metavar="DIR", help="the run directory")
   parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
   arguments = parser.parse_args(argv)
+  process.prepare()
   try:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=False)
+    from intellect3 import sft  # after `prepare`: it imports jax
+
     train = gin_config.call(sft.run, run_dir=arguments.out, resume=arguments.resume)
   except gin_config.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  return gin_config.run_to_end(lambda: _train(train, pathlib.Path(arguments.out), text))
+  return process.run_to_end(lambda: _train(train, pathlib.Path(arguments.out), text))
 
 
 def _train(train: Callable[[], dict[str, Any]], out: pathlib.Path, text: str) -> None:

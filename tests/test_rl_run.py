@@ -17,6 +17,7 @@ import psutil
 import pytest
 import safetensors.numpy
 
+from experiments import rl_run
 from intellect3 import telemetry, types
 from intellect3.rollouts import log
 
@@ -65,6 +66,17 @@ def run(out, settings, *extra, timeout=240):
   return subprocess.run(
     arguments(out, settings, *extra), capture_output=True, text=True, timeout=timeout
   )
+
+
+@pytest.fixture
+def run_here(capsys):
+  """Calls the command in this process; for runs that do not start."""
+
+  def call(out, settings, *extra):
+    code = rl_run.main(arguments(out, settings, *extra)[3:])
+    return code, capsys.readouterr().err
+
+  return call
 
 
 def rows(out, name):
@@ -294,38 +306,27 @@ def corrupt(path):
   ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_started(
-  model, tmp_path, settings, extra, message
+  model, tmp_path, run_here, settings, extra, message
 ):
   out = tmp_path / "run"
-  result = run(out, {"rl.run.model_path": str(model), **settings}, *extra, timeout=60)
-  assert result.returncode == 2, result.stdout + result.stderr
-  assert message in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  code, error = run_here(out, {"rl.run.model_path": str(model), **settings}, *extra)
+  assert code == 2, error
+  assert message in error
+  assert len(error.strip().splitlines()) == 1, error
   assert not out.exists()
 
 
-def test_a_missing_required_parameter_is_named(tmp_path):
+def test_a_missing_required_parameter_is_named(tmp_path, capsys):
   gin = tmp_path / "run.gin"
-  gin.write_text(
-    "from __gin__ import dynamic_registration\ninclude 'experiments/configs/runs/rl_base.gin'\n"
-  )
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.rl_run",
-    "--gin",
-    str(gin),
-    "--out",
-    str(tmp_path / "o"),
-  ]
-  result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-  assert result.returncode == 2
-  assert (
-    "rl.run" in result.stderr and "'steps'" in result.stderr and "'model_path'" in result.stderr
-  )
+  base = "experiments/configs/runs/rl_base.gin"
+  gin.write_text(f"from __gin__ import dynamic_registration\ninclude '{base}'\n")
+  assert rl_run.main(["--gin", str(gin), "--out", str(tmp_path / "run")]) == 2
+  error = capsys.readouterr().err
+  for name in ("run()", "'steps'", "'model_path'", "'environments'"):
+    assert name in error
 
 
-def test_a_busy_port_is_refused(model, tmp_path):
+def test_a_busy_port_is_refused(model, tmp_path, run_here):
   import socket
 
   with socket.socket() as taken:
@@ -333,16 +334,16 @@ def test_a_busy_port_is_refused(model, tmp_path):
     taken.listen()
     port = taken.getsockname()[1]
     settings = {"rl.run.model_path": str(model), "rl.run.server_port": port}
-    result = run(tmp_path / "run", settings, timeout=60)
-  assert result.returncode == 2
-  assert f"port {port}" in result.stderr
+    code, error = run_here(tmp_path / "run", settings)
+  assert code == 2
+  assert f"port {port}" in error
 
 
-def test_an_existing_run_is_not_overwritten(asynchronous):
+def test_an_existing_run_is_not_overwritten(asynchronous, run_here):
   out, _ = asynchronous
-  result = run(out, {"rl.run.model_path": "unused"}, timeout=60)
-  assert result.returncode == 2
-  assert "a run is there already; give --resume" in result.stderr
+  code, error = run_here(out, {"rl.run.model_path": "unused"})
+  assert code == 2
+  assert "a run is there already; give --resume" in error
 
 
 @pytest.mark.parametrize("name", ["trainer", "server_0"])
