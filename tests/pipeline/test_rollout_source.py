@@ -67,6 +67,24 @@ def test_state_is_exact_under_prefetch(tmp_path, prefetch):
   assert not _threads()
 
 
+def test_the_thread_runs_ahead_by_what_was_asked(tmp_path):
+  manifests = {step: commit(tmp_path, step, LENGTHS)[0] for step in range(1, 9)}
+  asked = []
+
+  def wait(step, stop):
+    asked.append(step)
+    return manifests[step]
+
+  with _batches(tmp_path, last_step=8, wait=wait, prefetch=2) as iterator:
+    next(iterator)
+    deadline = time.monotonic() + 5.0
+    while len(asked) < 4 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    time.sleep(0.1)
+    # One was taken, two lie ready, one is in the thread's hands.
+    assert asked == [1, 2, 3, 4]
+
+
 def test_state_travels_through_orbax(tmp_path):
   for step in range(1, 6):
     commit(tmp_path / "log", step, LENGTHS[:step])
