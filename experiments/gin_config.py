@@ -16,8 +16,6 @@ from typing import Any
 
 import gin
 
-Start = Callable[[], None]
-
 _INCLUDE = re.compile(r"""^include\s+['"](?P<file>[^'"]+)['"]\s*$""")
 _IMPORT = re.compile(r"^(?:from\s+(?P<package>[\w.]+)\s+)?import\s+(?P<name>[\w.]+)")
 
@@ -80,7 +78,7 @@ def parse(text: str, *, without_jax: bool) -> None:
     raise ConfigError(message or repr(error)) from error
 
 
-def call(function: Callable[..., Start], **arguments: Any) -> Start:
+def call(function: Callable[..., Any], **arguments: Any) -> Any:
   """Calls a configured function that checks its parameters and returns what does the work.
 
   Raises:

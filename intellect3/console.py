@@ -5,6 +5,7 @@ elsewhere. Without a terminal it prints plain lines.
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -22,25 +23,16 @@ PLAIN_SECONDS = 5.0
 """Least time between two plain lines of the same phase."""
 
 
-class _Tail:
-  """Reads what was appended to a metrics file since the last look."""
-
-  def __init__(self, path: pathlib.Path) -> None:
-    self._path = path
-    self._offset = 0
-    self.last: dict[str, Any] = {}
-
-  def read(self) -> Mapping[str, Any]:
-    """The newest whole row."""
-    if self._path.exists():
-      with self._path.open("rb") as file:
-        file.seek(self._offset)
-        data = file.read()
-      whole = data.rpartition(b"\n")[0]
-      if whole:
-        self._offset += len(whole) + 1
-        self.last = json.loads(whole.splitlines()[-1])
-    return self.last
+def _newest(path: pathlib.Path, window: int = 1 << 16) -> Mapping[str, Any]:
+  """The newest whole row of a metrics file, {} where there is none; reads only the file's end."""
+  try:
+    with path.open("rb") as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(0, size - window))
+      lines = file.read().split(b"\n")[:-1]
+  except FileNotFoundError:
+    return {}
+  return json.loads(lines[-1]) if lines else {}
 
 
 class Console:
@@ -49,8 +41,6 @@ class Console:
   def __init__(self, run_dir: pathlib.Path, steps: int) -> None:
     self._run_dir = run_dir
     self._steps = steps
-    self._trainer = _Tail(telemetry.metrics_path(run_dir, "trainer"))
-    self._orchestrator = _Tail(telemetry.metrics_path(run_dir, "orchestrator"))
     self._console = RichConsole()
     self._live = (
       Live(console=self._console, refresh_per_second=4, transient=True)
@@ -83,7 +73,8 @@ class Console:
       self._live = None
 
   def _view(self) -> dict[str, Any]:
-    trainer, orchestrator = self._trainer.read(), self._orchestrator.read()
+    trainer = _newest(telemetry.metrics_path(self._run_dir, "trainer"))
+    orchestrator = _newest(telemetry.metrics_path(self._run_dir, "orchestrator"))
     phase = summary.read_status(self._run_dir).get("phase", "starting")
     step = int(trainer.get("step", 0))
     now = time.monotonic()

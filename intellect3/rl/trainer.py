@@ -92,7 +92,7 @@ def trainer(
     )
 
   def main() -> None:
-    axes = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
+    axes: dict[str, Any] = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
     device_mesh = mesh_lib.make_mesh(**axes)
     placement.check_rows(device_mesh, micro_rows=micro_rows, row_length=row_length)
     config, params = hf.load(shared.model_path, **(model_options or {}))

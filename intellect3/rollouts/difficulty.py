@@ -85,34 +85,38 @@ class TaskSampler:
     self._members: dict[str, dict[int, str]] = {name: {} for name in self._names}
 
   def draw(self, group_id: int) -> tuple[str, int]:
-    """The task of a new group. Raises NoTasksLeft where every task is in a pool of share 0."""
+    """The task of a new group; raises NoTasksLeft where every task is in a pool of share 0."""
     rng = random.Random(f"{self._seed}/task/{group_id}")
     name = rng.choices(self._names, self._weights)[0]
     share = rng.random()
-    for pool, fraction in (
-      ("easy", self._pools.easy_fraction),
-      ("hard", self._pools.hard_fraction),
-    ):
-      if share < fraction:
-        members = sorted(i for i, p in self._members[name].items() if p == pool)
-        if members:
-          return name, rng.choice(members)
-        break
+    fractions = {"easy": self._pools.easy_fraction, "hard": self._pools.hard_fraction}
+    for pool, fraction in fractions.items():
+      if share < fraction and (members := self._in_pool(name, pool)):
+        return name, rng.choice(members)
       share -= fraction
-    return name, self._next_normal(name)
+    index = self._next_normal(name)
+    if index is not None:
+      return name, index
+    for pool, fraction in fractions.items():  # no normal task is left: what else may be sampled
+      if fraction > 0 and (members := self._in_pool(name, pool)):
+        return name, rng.choice(members)
+    raise NoTasksLeft(
+      f"environment {name}: none of its {self._sizes[name]} tasks is normal any more, the pools "
+      f"hold {self.counts()} and their shares are 0; change Pools, or end the run here"
+    )
 
-  def _next_normal(self, name: str) -> int:
+  def _in_pool(self, name: str, pool: str) -> list[int]:
+    return sorted(index for index, member in self._members[name].items() if member == pool)
+
+  def _next_normal(self, name: str) -> int | None:
+    """The next task of the epoch that is in no pool; None after a whole epoch without one."""
     members = self._members[name]
     for _ in range(self._sizes[name]):
       index = self._permuted(name, self._cursor[name])
       self._cursor[name] += 1
       if index not in members:
         return index
-    counts = self.counts()
-    raise NoTasksLeft(
-      f"environment {name}: all {self._sizes[name]} tasks are in the pools {counts}; "
-      "raise Pools.easy_fraction or easy_threshold, or end the run here"
-    )
+    return None
 
   def _permuted(self, name: str, cursor: int) -> int:
     """An affine permutation of the tasks, another one each epoch: no repetition inside an epoch."""

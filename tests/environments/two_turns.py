@@ -11,12 +11,12 @@ from intellect3.environments.base import Score
 class TwoTurns(reverse_text.ReverseText):
   """Reverses a word twice; every fourth task thinks for a while in between."""
 
-  num_tasks: int = 12
+  num_tasks: int = 400
   pause_seconds: float = 1.5
 
   async def run(self, task, conversation):
-    await conversation.send(task.prompt)
+    reply = await conversation.send(task.prompt)
     if int(task.task_id.rpartition("/")[2]) % 4 == 0:
       await conversation.effect("think", lambda: asyncio.sleep(self.pause_seconds))
-    reply = await conversation.send(task.prompt)
+    await conversation.send(task.prompt)
     return Score(reward=float(reply.content == task.info["answer"]))

@@ -101,6 +101,7 @@ class World:
     self.pools = settings.pop("pools", difficulty.Pools())
     self.filters = settings.pop("group_filters", filters.Filters())
     self.settings = make_settings(steps=steps, **settings)
+    self.second_step = asyncio.Event()
 
   def orchestrator(self, **changes):
     async def next_version(version):
@@ -126,7 +127,7 @@ class World:
             sync=sync,
             commit=commit,
             batch_committed=self.committed.put_nowait,
-            report=self.rows.__setitem__,
+            report=self.report,
             report_evaluation=self.evaluations.__setitem__,
             status=lambda phase, detail: self.phases.append((phase, detail)),
           ),
@@ -137,6 +138,11 @@ class World:
         **changes,
       }
     )
+
+  def report(self, step, row):
+    self.rows[step] = row
+    if step == 2:
+      self.second_step.set()
 
   def make_worker(self, name="worker_0"):
     version = [0]
@@ -245,8 +251,7 @@ def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
     ]
 
     async def kill_one():
-      while 2 not in world.rows:
-        await asyncio.sleep(0.005)
+      await world.second_step.wait()
       remote[1].cancel()
 
     try:
