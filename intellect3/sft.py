@@ -130,7 +130,7 @@ def run(
       micro_rows=micro_rows,
       head_chunk_size=head_chunk_size,
     )
-    train_step = layout.compile_step(step, shardings, mesh)
+    train_step = layout.compile_step(step, shardings, mesh, rules)
     stopping = stop or threading.Event()
     batches = sft_source.batches(
       example,

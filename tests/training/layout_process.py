@@ -32,7 +32,7 @@ def one_step(mesh, made):
     CONFIG, masked_importance_loss, made, micro_rows=4, head_chunk_size=16
   )
   batch = pack(records(LENGTHS), ROWS, row_length=8, row_count=8)
-  compiled = layout.compile_step(train_step, shardings, mesh)
+  compiled = layout.compile_step(train_step, shardings, mesh, TRAIN_FSDP)
   state, metrics = compiled(state, placement.place(batch, mesh))
   jax.tree.map(lambda leaf, sharding: _laid(leaf, sharding), state, shardings)
   return state, metrics
