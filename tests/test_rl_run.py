@@ -240,6 +240,7 @@ def test_pools_and_staleness_rules_fire_through_the_run(model, tmp_path, rule):
   assert result.returncode == 0, result.stdout + result.stderr
   last = rows(out, "orchestrator")[-1]
   assert last["pool/hard"] + last["pool/easy"] > 0
+  assert last["errored"] == last["ended/errored/RuntimeError: the tool broke"] > 0
   assert sum(row["rollouts_spanning_versions"] for row in rows(out, "orchestrator")) > 0
   masked = 0
   for step in log.committed_steps(out / "rollouts"):

@@ -95,7 +95,7 @@ def trainer(
     axes: dict[str, Any] = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
     device_mesh = mesh_lib.make_mesh(**axes)
     placement.check_rows(device_mesh, micro_rows=micro_rows, row_length=row_length)
-    config, params = hf.load(shared.model_path, **(model_options or {}))
+    config, params = hf.load(shared.model_path, dtype="float32", **(model_options or {}))
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(device_mesh))
       shardings = layout.state_shardings(config, optimizer, device_mesh, rules.TRAIN_FSDP)

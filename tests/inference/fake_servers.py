@@ -9,6 +9,9 @@ import collections
 import json
 import selectors
 
+import numpy as np
+
+from intellect3.inference import client
 from intellect3.inference.transport import TransportError
 
 VOCAB = 264
@@ -156,3 +159,31 @@ class FakeTransport:
 
   async def close(self):
     pass
+
+
+PROMPT = [5, 6, 7]
+
+
+def make_pool(transport, **options):
+  settings = {"vocab_size": VOCAB, "backoff_seconds": 1.0, "timeout_seconds": 100.0}
+  return client.ServerPool(transport, list(transport.servers), **{**settings, **options})
+
+
+def generate(pool, *, rid="r", max_new_tokens=6, seed=11, prompt=PROMPT, extra_key="0"):
+  return pool.generate(
+    prompt,
+    max_new_tokens=max_new_tokens,
+    temperature=1.0,
+    stop_token_ids=(256,),
+    seed=seed,
+    rid=rid,
+    extra_key=extra_key,
+  )
+
+
+def check_continues(generation, prompt_length, length):
+  """The tokens and logprobs are those of positions prompt_length, prompt_length + 1, ..."""
+  positions = range(prompt_length, prompt_length + length)
+  assert generation.tokens.tolist() == [token_at(p) for p in positions]
+  expected = np.asarray([logprob_at(p) for p in positions], np.float32)
+  np.testing.assert_array_equal(generation.inference_logprobs, expected)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import shutil
 import signal
 import socket
@@ -117,6 +118,18 @@ async def connected(url):
     )
 
 
+async def until_running(url, requests):
+  """Waits until the server generates for so many requests, and has had time for some tokens."""
+  async with transport_to() as transport:
+    for _ in range(1000):
+      _, body = await transport.request("GET", f"{url}/server_info", None, 5.0)
+      if json.loads(body)["internal_states"][0]["running_requests"] >= requests:
+        await asyncio.sleep(0.03)
+        return
+      await asyncio.sleep(0.005)
+  raise AssertionError(f"{requests} requests never ran at once")
+
+
 def generate(pool, prompt, *, rid, seed=1, max_new_tokens=16, temperature=1.0, stop=()):
   return pool.generate(
     prompt,
@@ -176,7 +189,7 @@ def test_a_sync_in_flight_stamps_both_versions_and_passes_its_canary(server, che
         asyncio.create_task(generate(pool, prompt, rid=f"{mode}{i}", max_new_tokens=400))
         for i in range(4)
       ]
-      await asyncio.sleep(0.3)
+      await until_running(server, 4)
       report = await bring(control, checkpoints[1], 11, mode=mode)
       return report, await asyncio.gather(*tasks)
 
@@ -200,7 +213,7 @@ def test_a_generation_aborted_by_a_pause_continues_by_itself(server):
   async def run():
     async with connected(server) as (pool, control):
       task = asyncio.create_task(generate(pool, prompt, rid="aborted", max_new_tokens=400))
-      await asyncio.sleep(0.2)
+      await until_running(server, 1)
       pausing = asyncio.create_task(control.pause("abort"))
       await asyncio.sleep(0.1)
       assert (await pausing)[server].ok

@@ -1,0 +1,206 @@
+"""ServerPool against simulated servers in virtual time: balance, bounds, fences, joins."""
+
+import asyncio
+
+import pytest
+from fake_servers import (
+  FakeServer,
+  FakeTransport,
+  check_continues,
+  generate,
+  make_pool,
+  run_virtual,
+)
+
+from intellect3.inference import client
+from intellect3.inference.balance import Balancer
+
+
+def test_load_is_balanced_and_bounded():
+  servers = {name: FakeServer() for name in "abc"}
+
+  async def run():
+    pool = make_pool(FakeTransport(**servers), max_concurrency=2)
+    await asyncio.gather(*(generate(pool, rid=f"r{i}") for i in range(12)))
+    return pool
+
+  pool, seconds = run_virtual(run())
+  assert [server.most_in_flight for server in servers.values()] == [2, 2, 2]
+  assert [len(server.seen) for server in servers.values()] == [4, 4, 4]
+  assert seconds == 2.0
+  assert set(pool.in_flight.values()) == {0} and pool.waiting == 0
+
+
+def test_a_slow_server_gets_less():
+  servers = {"slow": FakeServer(seconds=10.0), "fast": FakeServer(seconds=1.0)}
+
+  async def run():
+    pool = make_pool(FakeTransport(**servers), max_concurrency=1)
+    await asyncio.gather(*(generate(pool, rid=f"r{i}") for i in range(11)))
+
+  _, seconds = run_virtual(run())
+  assert len(servers["slow"].seen) == 1 and len(servers["fast"].seen) == 10
+  assert seconds == 10.0
+
+
+def test_load_counts_and_not_turns():
+  servers = {"slow": FakeServer(seconds=100.0), "fast": FakeServer(seconds=1.0)}
+
+  async def run():
+    pool = make_pool(FakeTransport(**servers), timeout_seconds=200.0)
+    first = asyncio.create_task(generate(pool, rid="first"))
+    await asyncio.sleep(0.1)
+    for i in range(5):
+      await generate(pool, rid=f"r{i}")
+    await first
+
+  run_virtual(run())
+  assert [len(server.seen) for server in servers.values()] == [1, 5]
+
+
+def test_waiting_is_first_come_first_served():
+  ended = []
+
+  async def one(pool, name):
+    await generate(pool, rid=name)
+    ended.append(name)
+
+  async def run():
+    pool = make_pool(FakeTransport(a=FakeServer()), max_concurrency=1)
+    await asyncio.gather(*(one(pool, f"r{i}") for i in range(5)))
+
+  run_virtual(run())
+  assert ended == [f"r{i}" for i in range(5)]
+
+
+def test_a_cancelled_wait_leaves_its_place_to_the_next():
+  async def run():
+    pool = make_pool(FakeTransport(a=FakeServer()), max_concurrency=1)
+    tasks = [asyncio.create_task(generate(pool, rid=f"r{i}")) for i in range(3)]
+    await asyncio.sleep(0.5)
+    assert pool.waiting == 2
+    tasks[1].cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[1], asyncio.CancelledError)
+    check_continues(results[2], 3, 6)
+    assert pool.in_flight == {"http://a": 0}
+
+  run_virtual(run())
+
+
+def test_a_slot_given_to_one_who_is_cancelled_before_waking_is_not_lost():
+  async def run():
+    balancer = Balancer(["http://a"], 1)
+    server = await balancer.acquire()
+    waiting = asyncio.create_task(balancer.acquire())
+    await asyncio.sleep(0)
+    balancer.release(server)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await waiting
+    assert server.in_flight == 0
+    assert await balancer.acquire() is server
+
+  run_virtual(run())
+
+
+def test_a_fence_ends_what_is_there_and_sends_the_rest_elsewhere():
+  bad, good = FakeServer(seconds=10.0), FakeServer(seconds=10.0)
+
+  async def run():
+    pool = make_pool(FakeTransport(a=bad, b=good), max_concurrency=2)
+    tasks = [asyncio.create_task(generate(pool, rid=f"r{i}")) for i in range(6)]
+    await asyncio.sleep(1.0)
+    pool.fence("http://a", "canary off by 0.3")
+    pool.fence("http://a", "again")
+    assert pool.urls == ("http://b",)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    failed = [result for result in results if isinstance(result, client.ServerFenced)]
+    assert [str(error) for error in failed] == ["http://a: canary off by 0.3"] * 2
+    for result in results:
+      if not isinstance(result, Exception):
+        assert result.server == "http://b"
+    assert len(bad.seen) == 2 and len(good.seen) == 4
+    pool.set_servers(["http://b"])
+    pool.set_servers(["http://a", "http://b"])
+    assert pool.urls == ("http://b",)
+    pool.admit("http://a")
+    assert set(pool.urls) == {"http://a", "http://b"}
+    assert (await generate(pool, rid="new")).server == "http://a"
+
+  run_virtual(run())
+
+
+def test_tokens_of_a_server_fenced_later_are_refused():
+  first, second = FakeServer(seconds=1.0), FakeServer(seconds=10.0)
+  first.script.append(("abort", 2))
+
+  async def run():
+    pool = make_pool(FakeTransport(a=first, b=second))
+    task = asyncio.create_task(generate(pool))
+    await asyncio.sleep(5.0)
+    assert len(second.seen) == 1
+    pool.fence("http://a", "wrong weights")
+    with pytest.raises(client.ServerFenced, match="wrong weights"):
+      await task
+
+  run_virtual(run())
+
+
+def test_without_servers_everybody_is_told_at_once():
+  async def run():
+    empty = make_pool(FakeTransport())
+    with pytest.raises(client.NoServers, match="no server"):
+      await generate(empty)
+    pool = make_pool(FakeTransport(a=FakeServer(seconds=5.0)), max_concurrency=1)
+    tasks = [asyncio.create_task(generate(pool, rid=f"r{i}")) for i in range(3)]
+    await asyncio.sleep(1.0)
+    pool.fence("http://a", "wrong weights")
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [
+      client.ServerFenced,
+      client.NoServers,
+      client.NoServers,
+    ]
+    assert "wrong weights" in str(results[1])
+    return asyncio.get_running_loop().time()
+
+  assert run_virtual(run())[0] == 1.0
+
+
+def test_a_server_that_leaves_ends_what_it_has_and_one_that_joins_serves_the_waiting():
+  leaving, joining = FakeServer(seconds=3.0), FakeServer(seconds=3.0)
+
+  async def run():
+    transport = FakeTransport(a=leaving, b=joining)
+    pool = make_pool(transport, max_concurrency=1)
+    pool.set_servers(["http://a"])
+    tasks = [asyncio.create_task(generate(pool, rid=f"r{i}")) for i in range(2)]
+    await asyncio.sleep(1.0)
+    pool.set_servers(["http://b"])
+    generations = await asyncio.gather(*tasks)
+    assert [generation.server for generation in generations] == ["http://a", "http://b"]
+    return asyncio.get_running_loop().time()
+
+  assert run_virtual(run())[0] == 4.0
+
+
+def test_cancelling_a_generation_cancels_its_request_and_is_no_fence():
+  server = FakeServer()
+
+  async def run():
+    pool = make_pool(FakeTransport(a=server))
+    task = asyncio.create_task(generate(pool))
+    await asyncio.sleep(0.5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await task
+    assert server.in_flight == 0 and pool.in_flight == {"http://a": 0}
+    both = asyncio.create_task(generate(pool))
+    await asyncio.sleep(0.5)
+    both.cancel()
+    pool.fence("http://a", "at the same moment")
+    with pytest.raises(asyncio.CancelledError):
+      await both
+
+  run_virtual(run())
