@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # composition roots (the last level) also import each other.
 LEVELS = (
   ("types", "losses", "sharding", "kernels", "telemetry"),
-  ("models", "rendering", "environments"),
+  ("models", "rendering", "environments", "rollout_log"),
   ("inference", "rollouts", "pipeline", "training", "weights"),
   ("rl", "sft", "evaluate", "planning", "supervisor", "leash", "console", "summary"),
 )
@@ -24,6 +24,7 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 JAX_FREE = (
   "intellect3.types",
   "intellect3.telemetry",
+  "intellect3.rollout_log",
   "intellect3.losses.advantages",
   "intellect3.rendering",
   "intellect3.environments",

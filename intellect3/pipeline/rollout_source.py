@@ -9,8 +9,8 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
-from intellect3 import types
-from intellect3.pipeline import iteration, packing, shards
+from intellect3 import rollout_log, types
+from intellect3.pipeline import iteration, packing
 
 Wait = Callable[[int, iteration.Stop], types.Manifest | None]
 """Waits for the manifest of a step; None when stopped before it came."""
@@ -34,7 +34,7 @@ def poll_manifests(
     while not stop.is_set():
       if notify is not None:
         notify.clear()  # before the look: a message that comes during it counts for the next one
-      manifest = shards.read_manifest(log_dir, step)
+      manifest = rollout_log.read_manifest(log_dir, step)
       if manifest is not None:
         return manifest
       (notify or stop).wait(interval_seconds)
@@ -77,7 +77,7 @@ def load_batch(
     raise ValueError(f"row_counts: expected multiples of {process_count} processes, got {rows}")
   share = rows // process_count
   own = plan[process_index * share : (process_index + 1) * share]
-  records = shards.read_records(
+  records = rollout_log.read_records(
     log_dir,
     manifest,
     [number for row in own for number in row],
@@ -136,7 +136,7 @@ def batches(
     manifest = waiting(step, stop)
     if manifest is None:
       return None
-    shards.check_manifest(manifest, step)
+    rollout_log.check_manifest(manifest, step)
     return load_batch(
       log_dir,
       manifest,

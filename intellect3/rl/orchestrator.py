@@ -7,11 +7,11 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from intellect3 import summary, telemetry, types
+from intellect3 import rollout_log, summary, telemetry, types
 from intellect3.inference import control, launch, transport, weight_sync
 from intellect3.losses import advantages
 from intellect3.rl.roles import Main, NotStarted, Shared
-from intellect3.rollouts import difficulty, filters, link, log, scheduler
+from intellect3.rollouts import difficulty, filters, link, scheduler
 from intellect3.rollouts import orchestrator as orchestrator_lib
 from intellect3.weights import manifest as manifests
 
@@ -127,7 +127,7 @@ def orchestrator(
       server = link.OrchestratorServer(
         orchestrator,
         version_published=lambda version: published.set(),
-        batch_exists=lambda step: log.read_manifest(shared.log_dir, step) is not None,
+        batch_exists=lambda step: rollout_log.read_manifest(shared.log_dir, step) is not None,
         poll_seconds=2.0,
       )
       closing.append(server.batch_committed)
@@ -184,7 +184,7 @@ async def _next_version(shared: Shared, published: asyncio.Event, version: int) 
 
 def _committer(shared: Shared) -> Any:
   async def commit(manifest: types.Manifest) -> None:
-    log.commit_manifest(shared.log_dir, manifest)
+    rollout_log.commit_manifest(shared.log_dir, manifest)
 
   return commit
 
@@ -198,13 +198,13 @@ class _Reporter:
     self._evaluations = telemetry.MetricsWriter(shared.run_dir, "evaluation")
     self.scheduler_state: Mapping[str, Any] | None = None
     if shared.resume:
-      for name in log.remove_uncommitted(shared.log_dir):
+      for name in rollout_log.remove_uncommitted(shared.log_dir):
         logger.warning("removed %s: it was never committed", name)
-      committed = log.committed_steps(shared.log_dir)
+      committed = rollout_log.committed_steps(shared.log_dir)
       last = committed[-1] if committed else 0
       self._steps.truncate_after(last)
       if last:
-        manifest = log.read_manifest(shared.log_dir, last)
+        manifest = rollout_log.read_manifest(shared.log_dir, last)
         assert manifest is not None
         self.scheduler_state = manifest.scheduler_state
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from intellect3 import console as console_lib
 from intellect3 import summary, supervisor
 from intellect3.environments import base as environments_base
+from intellect3.inference import launch
 from intellect3.rendering import base as rendering_base
 
 ROLES = ("trainer", "orchestrator", "worker", "inference")
@@ -144,7 +145,7 @@ def run(
     orchestrator_port = orchestrator_port or free_port(host)
     ports = [server_port + n if server_port else free_port(host) for n in range(num_servers)]
     for port in [orchestrator_port, *([] if server_urls else ports)]:
-      check_port_free(host, port)
+      launch.check_port_free(host, port)
   elif not orchestrator_port or not (server_port or server_urls):
     raise NotStarted(
       f"orchestrator_port, server_port: expected set for role {role}, "
@@ -205,16 +206,6 @@ def free_port(host: str) -> int:
   with socket.socket() as probe:
     probe.bind((host, 0))
     return probe.getsockname()[1]
-
-
-def check_port_free(host: str, port: int) -> None:
-  """Raises NotStarted where something listens on the port already."""
-  with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind((host, port))
-    except OSError as error:
-      raise NotStarted(f"port {port} on {host}: expected free, got {error.strerror}") from error
 
 
 def _exec(command: Sequence[str]) -> Main:

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from intellect3 import telemetry, types
+from intellect3 import rollout_log, telemetry, types
 from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import placement, rollout_source
-from intellect3.pipeline.shards import read_manifest
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding import rules
@@ -282,7 +281,7 @@ def _wait_for_manifest(shared: Shared) -> rollout_source.Wait:
 
   def wait(number: int, stop: Any) -> types.Manifest | None:
     while not stop.is_set():
-      manifest = read_manifest(shared.log_dir, number)
+      manifest = rollout_log.read_manifest(shared.log_dir, number)
       if manifest is not None:
         return manifest
       try:

@@ -8,7 +8,6 @@
     conversation what an environment talks to; records tokens
     worker       runs environments, holds finished rollouts, writes log shards
     link         how messages travel: in process or over a WebSocket
-    log          the RolloutLog on disk
     orchestrator the asyncio shell round the scheduler
 
 No module here imports jax.

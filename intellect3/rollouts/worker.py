@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-from intellect3 import types
+from intellect3 import rollout_log, types
 from intellect3.environments import base
-from intellect3.rollouts import log, messages
+from intellect3.rollouts import messages
 from intellect3.rollouts.conversation import RecordedConversation
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ async def write_shard_in_thread(
   path: pathlib.Path, records: Iterable[types.TrajectoryRecord]
 ) -> types.ShardEntry:
   """The production shard writer: disk work never blocks the event loop."""
-  return await asyncio.to_thread(log.write_shard, path, records)
+  return await asyncio.to_thread(rollout_log.write_shard, path, records)
 
 
 class Worker:
@@ -170,7 +170,7 @@ class Worker:
     self._send(_summarize(rollout, dispatch.purpose, conversation.servers(), clock() - started))
 
   async def _write(self, batch: messages.WriteBatch) -> None:
-    path = log.step_directory(self._log_dir, batch.step) / f"{self.name}.arrayrecord"
+    path = rollout_log.step_directory(self._log_dir, batch.step) / f"{self.name}.arrayrecord"
     try:
       records = [
         record

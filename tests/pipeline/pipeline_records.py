@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from intellect3 import types
-from intellect3.rollouts import log
+from intellect3 import rollout_log, types
 
 
 def record(number, length, *, step=1, prompt=2, seed=0):
@@ -32,10 +31,10 @@ def record(number, length, *, step=1, prompt=2, seed=0):
 def commit(log_dir, step, lengths, *, shards=2):
   """Writes and commits a step of the log; returns its manifest and its records."""
   records = [record(number, length, step=step) for number, length in enumerate(lengths)]
-  directory = log.step_directory(log_dir, step)
+  directory = rollout_log.step_directory(log_dir, step)
   cuts = np.array_split(np.arange(len(records)), shards)
   entries = [
-    log.write_shard(directory / f"worker_{index}.arrayrecord", [records[n] for n in cut])
+    rollout_log.write_shard(directory / f"worker_{index}.arrayrecord", [records[n] for n in cut])
     for index, cut in enumerate(cuts)
   ]
   manifest = types.Manifest(
@@ -49,5 +48,5 @@ def commit(log_dir, step, lengths, *, shards=2):
     metrics={},
     scheduler_state={},
   )
-  log.commit_manifest(log_dir, manifest)
+  rollout_log.commit_manifest(log_dir, manifest)
   return manifest, records

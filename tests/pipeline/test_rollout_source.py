@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from pipeline_records import commit
 
-from intellect3.pipeline import placement, rollout_source, shards
+from intellect3 import rollout_log
+from intellect3.pipeline import placement, rollout_source
 
 LENGTHS = [5, 9, 16, 7, 3, 4, 12, 8]
 
@@ -201,10 +202,10 @@ def test_a_manifest_of_another_step_or_half_written_is_refused(tmp_path):
   path = tmp_path / "step_000001" / "manifest.json"
   path.write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, step=2)))
   with pytest.raises(ValueError, match="step: expected 1, got 2"):
-    shards.read_manifest(tmp_path, 1)
+    rollout_log.read_manifest(tmp_path, 1)
   path.write_bytes(path.read_bytes()[:50])
   with pytest.raises(ValueError, match=r"manifest\.json"):
-    shards.read_manifest(tmp_path, 1)
+    rollout_log.read_manifest(tmp_path, 1)
 
 
 def test_placement_puts_rows_over_the_mesh(tmp_path):

@@ -1,5 +1,6 @@
 """Small makers that the tests of this folder share."""
 
+from intellect3 import rollout_log
 from intellect3.losses import advantages
 from intellect3.rollouts import difficulty, filters, messages, scheduler
 
@@ -47,3 +48,9 @@ def make_summary(dispatch, *, reward=0.0, version=0, newest=None, **changes):
     seconds=0.1,
   )
   return messages.RolloutSummary(**{**values, **changes})
+
+
+def all_records(log_dir, manifest):
+  """Every record of a committed step, in order."""
+  count = sum(len(entry.lengths) for entry in manifest.shards)
+  return list(rollout_log.read_records(log_dir, manifest, range(count)).values())

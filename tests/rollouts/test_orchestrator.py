@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from intellect3 import types
+from intellect3 import rollout_log, types
 from intellect3.environments import base
-from intellect3.rollouts import difficulty, filters, link, log, messages, orchestrator, worker
-from tests.rollouts.helpers import make_scheduler, make_settings
+from intellect3.rollouts import difficulty, filters, link, messages, orchestrator, worker
+from tests.rollouts.helpers import all_records, make_scheduler, make_settings
 
 
 @dataclasses.dataclass
@@ -114,7 +114,7 @@ class World:
       return self.sync_results.get(version, Sync())
 
     async def commit(manifest):
-      log.commit_manifest(self.log_dir, manifest)
+      rollout_log.commit_manifest(self.log_dir, manifest)
 
     return orchestrator.Orchestrator(
       **{
@@ -165,8 +165,8 @@ class World:
     self.versions.put_nowait(0)
     for _ in range(self.steps):
       step = await self.committed.get()
-      manifest = log.read_manifest(self.log_dir, step)
-      records = list(log.read_records(self.log_dir, manifest))
+      manifest = rollout_log.read_manifest(self.log_dir, step)
+      records = all_records(self.log_dir, manifest)
       assert manifest.loss_tokens == sum(r.trajectory.loss_mask.sum() for r in records)
       await asyncio.sleep(0.005)
       self.versions.put_nowait(step)
@@ -188,12 +188,12 @@ def identity(row):
 def test_a_run_in_process_commits_every_step_and_the_identity_holds_in_every_row(tmp_path):
   world = World(tmp_path, failing=0.2)
   asyncio.run(world.run(evaluation_tasks=7))
-  assert log.committed_steps(world.log_dir) == [1, 2, 3, 4, 5]
+  assert rollout_log.committed_steps(world.log_dir) == [1, 2, 3, 4, 5]
   assert sorted(world.rows) == [1, 2, 3, 4, 5]
   for step, row in world.rows.items():
     assert identity(row)
     assert row["staleness_max"] <= 1
-    assert log.read_manifest(world.log_dir, step).metrics == row
+    assert rollout_log.read_manifest(world.log_dir, step).metrics == row
   last = world.rows[5]
   assert last["errored"] > 0 and last["ended/errored/RuntimeError: the tool broke"] > 0
   assert sorted(world.evaluations) == [0, 5]
@@ -207,7 +207,7 @@ def test_groups_never_mix_tasks_and_advantages_follow_their_own_group(tmp_path):
   asyncio.run(world.run())
   for step in range(1, 6):
     by_group = {}
-    for record in log.read_records(world.log_dir, log.read_manifest(world.log_dir, step)):
+    for record in all_records(world.log_dir, rollout_log.read_manifest(world.log_dir, step)):
       by_group.setdefault(record.group_id, []).append(record)
     assert len(by_group) == 3
     for records in by_group.values():
@@ -235,7 +235,7 @@ def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
     server = link.OrchestratorServer(
       machine,
       version_published=lambda version: None,
-      batch_exists=lambda step: log.read_manifest(world.log_dir, step) is not None,
+      batch_exists=lambda step: rollout_log.read_manifest(world.log_dir, step) is not None,
       poll_seconds=0.2,
     )
     from intellect3.rl.roles import free_port
@@ -264,7 +264,7 @@ def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
   world = asyncio.run(scenario())
   assert world.rows[6]["ended/errored/worker lost"] > 0
   assert all(identity(row) for row in world.rows.values())
-  shards = {s.file for n in range(1, 7) for s in log.read_manifest(world.log_dir, n).shards}
+  shards = {s.file for n in range(1, 7) for s in rollout_log.read_manifest(world.log_dir, n).shards}
   assert shards == {"worker_0.arrayrecord", "worker_1.arrayrecord"}
 
 
@@ -273,7 +273,7 @@ def test_a_fenced_server_poisons_what_it_made_and_the_last_one_ends_the_run(tmp_
   world.sync_results[2] = Sync(healthy=(), fenced={"http://a": "canary logprob off by 0.3"})
   with pytest.raises(orchestrator.RunFailed, match="canary logprob off"):
     asyncio.run(world.run())
-  assert log.committed_steps(world.log_dir)[-1] <= 4
+  assert rollout_log.committed_steps(world.log_dir)[-1] <= 4
 
 
 def test_a_worker_that_cannot_write_ends_the_run_with_the_reason(tmp_path):

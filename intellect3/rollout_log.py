@@ -1,21 +1,27 @@
-"""Reading a committed step of the RolloutLog, believing nothing its manifest does not confirm.
+"""The RolloutLog on disk, the only interface between rollouts and trainer: written and read here.
 
-    LOG_DIR/step_000001/manifest.json and the shards (ArrayRecord) beside it
+    LOG_DIR/step_000001/worker_0.arrayrecord ...   records: types.TrajectoryRecord
+    LOG_DIR/step_000001/manifest.json              types.Manifest; absent until every shard is whole
 
-An ArrayRecord file that was cut off opens silently with 0 records, so size, checksum and record
-count are compared with the manifest before a record is used.
+An ArrayRecord file that was not closed, or was cut off, opens silently with 0 records. So nothing
+of a step is believed before its manifest is there, and no record before its shard's size, checksum
+and record count agree with the manifest.
 """
 
 import os
 import pathlib
+import re
+import shutil
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import msgspec
 from array_record.python import array_record_module
 
 from intellect3 import types
 
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(\d{6,})$")
 _BLOCK = 1 << 20
 
 
@@ -24,13 +30,80 @@ def step_directory(log_dir: str | os.PathLike[str], step: int) -> pathlib.Path:
   return pathlib.Path(log_dir) / f"step_{step:06d}"
 
 
+def write_shard(
+  path: str | os.PathLike[str], records: Iterable[types.TrajectoryRecord]
+) -> types.ShardEntry:
+  """Writes one shard, closed and flushed to disk, and returns its manifest entry."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lengths: list[int] = []
+  loss_tokens: list[int] = []
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  try:
+    for record in records:
+      record.trajectory.check()
+      writer.write(types.encode(record))
+      lengths.append(len(record.trajectory.tokens))
+      loss_tokens.append(int(record.trajectory.loss_mask.sum()))
+  finally:
+    writer.close()
+  with path.open("rb") as file:
+    data = file.read()
+    os.fsync(file.fileno())
+  return types.ShardEntry(
+    file=path.name,
+    bytes=len(data),
+    crc32=zlib.crc32(data),
+    lengths=lengths,
+    loss_tokens=loss_tokens,
+  )
+
+
+def commit_manifest(log_dir: str | os.PathLike[str], manifest: types.Manifest) -> pathlib.Path:
+  """Publishes a batch: the manifest appears whole, or not at all."""
+  path = step_directory(log_dir, manifest.step) / MANIFEST
+  if path.exists():
+    raise ValueError(f"{path}: step {manifest.step} is already committed")
+  temporary = path.with_suffix(".tmp")
+  with temporary.open("wb") as file:
+    file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.rename(path)
+  return path
+
+
+def committed_steps(log_dir: str | os.PathLike[str]) -> list[int]:
+  """The committed steps, ascending."""
+  log_dir = pathlib.Path(log_dir)
+  if not log_dir.is_dir():
+    return []
+  steps = []
+  for entry in log_dir.iterdir():
+    match = _STEP.match(entry.name)
+    if match and (entry / MANIFEST).exists():
+      steps.append(int(match.group(1)))
+  return sorted(steps)
+
+
+def remove_uncommitted(log_dir: str | os.PathLike[str]) -> list[str]:
+  """Deletes step directories without a manifest (left by a crash); returns their names."""
+  log_dir = pathlib.Path(log_dir)
+  removed = []
+  for entry in sorted(log_dir.iterdir()) if log_dir.is_dir() else []:
+    if _STEP.match(entry.name) and not (entry / MANIFEST).exists():
+      shutil.rmtree(entry)
+      removed.append(entry.name)
+  return removed
+
+
 def read_manifest(log_dir: str | os.PathLike[str], step: int) -> types.Manifest | None:
   """The manifest of a step; None while it is not committed.
 
   Raises:
     ValueError: the manifest is not one, or is of another step or schema.
   """
-  path = step_directory(log_dir, step) / "manifest.json"
+  path = step_directory(log_dir, step) / MANIFEST
   try:
     manifest = msgspec.json.decode(path.read_bytes(), type=types.Manifest)
   except FileNotFoundError:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from intellect3 import types
-from intellect3.rollouts import log
+from intellect3 import rollout_log, types
+from tests.rollouts.helpers import all_records
 
 
 def make_record(step=1, rollout_id=0, length=5):
@@ -32,7 +32,8 @@ def make_record(step=1, rollout_id=0, length=5):
 
 
 def commit(tmp_path, records, step=1):
-  shard = log.write_shard(log.step_directory(tmp_path, step) / "w0.arrayrecord", records)
+  directory = rollout_log.step_directory(tmp_path, step)
+  shard = rollout_log.write_shard(directory / "w0.arrayrecord", records)
   manifest = types.Manifest(
     step=step,
     shards=[shard],
@@ -44,18 +45,18 @@ def commit(tmp_path, records, step=1):
     metrics={"reward": 0.5},
     scheduler_state={"next_step": 2},
   )
-  log.commit_manifest(tmp_path, manifest)
+  rollout_log.commit_manifest(tmp_path, manifest)
   return manifest
 
 
 def test_records_come_back_as_written(tmp_path):
   records = [make_record(rollout_id=n, length=4 + n) for n in range(3)]
   written = commit(tmp_path, records)
-  manifest = log.read_manifest(tmp_path, 1)
+  manifest = rollout_log.read_manifest(tmp_path, 1)
   assert manifest == written
   assert list(manifest.shards[0].lengths) == [4, 5, 6]
   assert manifest.loss_tokens == 2 + 3 + 4
-  for got, want in zip(log.read_records(tmp_path, manifest), records, strict=True):
+  for got, want in zip(all_records(tmp_path, manifest), records, strict=True):
     assert (got.rollout_id, got.advantage, got.task_id) == (want.rollout_id, 0.25, want.task_id)
     for field in ("tokens", "loss_mask", "inference_logprobs", "policy_versions", "routed_experts"):
       array, expected = getattr(got.trajectory, field), getattr(want.trajectory, field)
@@ -64,26 +65,28 @@ def test_records_come_back_as_written(tmp_path):
 
 
 def test_a_step_is_invisible_until_its_manifest_is_renamed(tmp_path):
-  log.write_shard(log.step_directory(tmp_path, 1) / "w0.arrayrecord", [make_record()])
-  (log.step_directory(tmp_path, 1) / "manifest.tmp").write_text("{}")
-  assert log.read_manifest(tmp_path, 1) is None
-  assert log.committed_steps(tmp_path) == []
+  rollout_log.write_shard(
+    rollout_log.step_directory(tmp_path, 1) / "w0.arrayrecord", [make_record()]
+  )
+  (rollout_log.step_directory(tmp_path, 1) / "manifest.tmp").write_text("{}")
+  assert rollout_log.read_manifest(tmp_path, 1) is None
+  assert rollout_log.committed_steps(tmp_path) == []
   commit(tmp_path, [make_record(step=2)], step=2)
-  assert log.committed_steps(tmp_path) == [2]
-  assert log.remove_uncommitted(tmp_path) == ["step_000001"]
-  assert log.committed_steps(tmp_path) == [2]
+  assert rollout_log.committed_steps(tmp_path) == [2]
+  assert rollout_log.remove_uncommitted(tmp_path) == ["step_000001"]
+  assert rollout_log.committed_steps(tmp_path) == [2]
 
 
 def test_a_step_is_committed_once(tmp_path):
   manifest = commit(tmp_path, [make_record()])
-  with pytest.raises(log.LogError, match="already committed"):
-    log.commit_manifest(tmp_path, manifest)
+  with pytest.raises(ValueError, match="already committed"):
+    rollout_log.commit_manifest(tmp_path, manifest)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_a_damaged_shard_is_refused(tmp_path, damage):
   manifest = commit(tmp_path, [make_record(rollout_id=n) for n in range(4)])
-  path = log.step_directory(tmp_path, 1) / manifest.shards[0].file
+  path = rollout_log.step_directory(tmp_path, 1) / manifest.shards[0].file
   data = bytearray(path.read_bytes())
   if damage == "cut":
     path.write_bytes(data[: len(data) // 2])
@@ -92,8 +95,8 @@ def test_a_damaged_shard_is_refused(tmp_path, damage):
     path.write_bytes(data)
   else:
     path.unlink()
-  with pytest.raises(log.LogError, match="w0"):
-    list(log.read_records(tmp_path, manifest))
+  with pytest.raises(ValueError, match="w0"):
+    all_records(tmp_path, manifest)
 
 
 def test_a_trajectory_that_breaks_contract_1_is_not_written(tmp_path):
