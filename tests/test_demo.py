@@ -48,7 +48,7 @@ def test_the_demo_learns_from_stale_samples(warm_up, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_a_short_synchronous_run_gains_on_held_out_tasks(warm_up, tmp_path):
-  settings = ("rl.run.steps=60", "orchestrator.orchestrator.max_off_policy_steps=0")
+  settings = ("rl.run.steps=60", "rl.run.max_off_policy_steps=0")
   sets = [part for setting in (warm_up, *settings) for part in ("--set", setting)]
   summary = run("rl_run", "demo.gin", tmp_path / "rl", *sets)
   assert summary["eval_end"] - summary["eval_start"] >= 0.3

@@ -161,7 +161,7 @@ def test_imports_follow_the_levels():
   ("importer", "imported", "allowed"),
   [
     ("intellect3.rollouts.worker", "intellect3.types.Task", True),
-    ("intellect3.rollouts.worker", "intellect3.rollouts.log", True),
+    ("intellect3.rollouts.worker", "intellect3.rollouts.messages", True),
     ("intellect3.rollouts.worker", "intellect3.inference.client", False),
     ("intellect3.rendering.bytes", "intellect3.environments.base", False),
     ("intellect3.losses.kl", "intellect3.types", False),
@@ -180,10 +180,10 @@ def test_relative_imports_are_resolved(tmp_path, monkeypatch):
   monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
   path = tmp_path / "intellect3" / "rollouts" / "worker.py"
   path.parent.mkdir(parents=True)
-  path.write_text("from ..inference import client\nfrom .log import write_shard\nimport gin\n")
+  path.write_text("from ..inference import client\nfrom .messages import Dispatch\nimport gin\n")
   assert imported_modules(path) == [
     "intellect3.inference.client",
-    "intellect3.rollouts.log.write_shard",
+    "intellect3.rollouts.messages.Dispatch",
     "gin",
   ]
 

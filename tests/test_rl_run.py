@@ -41,7 +41,7 @@ SMALL = {
   },
 }
 SYNCHRONOUS = {
-  "orchestrator.orchestrator.max_off_policy_steps": 0,
+  "rl.run.max_off_policy_steps": 0,
   "orchestrator.orchestrator.deterministic": True,
 }
 
@@ -223,7 +223,7 @@ def test_pools_and_staleness_rules_fire_through_the_run(model, tmp_path, rule):
     "rl.run.steps": 12,
     "worker.worker.max_tokens": 64,
     "orchestrator.orchestrator.staleness_rule": rule,
-    "orchestrator.orchestrator.max_off_policy_steps": 1,
+    "rl.run.max_off_policy_steps": 1,
     "orchestrator.orchestrator.evaluation_tasks": 0,
     "filters.Filters.zero_advantage": False,
     "difficulty.Pools.easy_threshold": 0.7,

@@ -24,7 +24,6 @@ def orchestrator(
   *,
   prompts_per_step: int,
   rollouts_per_prompt: int,
-  max_off_policy_steps: int,
   max_rollouts_in_flight: int,
   staleness_rule: str = "drop",
   deterministic: bool = False,
@@ -44,7 +43,6 @@ def orchestrator(
     make_worker: a worker's factory, used where `shared.num_workers` is 0.
     prompts_per_step: groups in a batch.
     rollouts_per_prompt: G, rollouts of a group.
-    max_off_policy_steps: bound on staleness; 0 is the synchronous loop.
     max_rollouts_in_flight: rollouts running at once.
     staleness_rule: `drop` stale rollouts, or `mask` their stale tokens.
     deterministic: batches in dispatch order (contract 10).
@@ -64,7 +62,7 @@ def orchestrator(
     steps=shared.steps,
     prompts_per_step=prompts_per_step,
     rollouts_per_prompt=rollouts_per_prompt,
-    max_off_policy_steps=max_off_policy_steps,
+    max_off_policy_steps=shared.max_off_policy_steps,
     max_rollouts_in_flight=max_rollouts_in_flight,
     staleness_rule=staleness_rule,
     batch_order="dispatch" if deterministic else "completion",

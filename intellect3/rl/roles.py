@@ -32,6 +32,7 @@ class Shared:
     run_dir: the directory that the roles share.
     steps: last training step.
     seed: run seed; every random choice follows from it.
+    max_off_policy_steps: bound on the staleness of a trained token.
     model_path: Hugging Face directory of the initial weights.
     renderer: chat format of the model.
     environments: by name.
@@ -45,6 +46,7 @@ class Shared:
   run_dir: pathlib.Path
   steps: int
   seed: int
+  max_off_policy_steps: int
   model_path: pathlib.Path
   renderer: rendering_base.Renderer
   environments: Mapping[str, environments_base.Environment]
@@ -86,6 +88,7 @@ def run(
   orchestrator: Callable[..., Main],
   worker: Callable[[Shared, int], Callable],
   inference: Callable[[Shared, int], Sequence[str]],
+  max_off_policy_steps: int = 8,
   environment_weights: Mapping[str, float] | None = None,
   seed: int = 0,
   num_workers: int = 1,
@@ -112,6 +115,8 @@ def run(
     orchestrator: builds the orchestrator.
     worker: builds a worker's factory.
     inference: gives the command line of a server.
+    max_off_policy_steps: bound on the staleness of a trained token, in steps; 0 is the synchronous
+      loop.
     environment_weights: by environment name; equal shares by default.
     seed: run seed.
     num_workers: worker processes; 0 runs one worker inside the orchestrator.
@@ -157,6 +162,7 @@ def run(
     run_dir=directory,
     steps=steps,
     seed=seed,
+    max_off_policy_steps=max_off_policy_steps,
     model_path=pathlib.Path(model_path),
     renderer=renderer,
     environments=by_name,

@@ -65,7 +65,8 @@ def trainer(
       `fsdp` by default.
     model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
     weights_dtype: dtype of published weights; None keeps that of the parameters.
-    keep_weights: published versions kept.
+    keep_weights: published versions kept; at least `max_off_policy_steps` + 2 are, since the trainer
+      may be that far ahead of a server that is still loading.
     canary_tokens: length of the prompt on which servers are compared with the trainer.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     keep_checkpoints: checkpoints kept.
@@ -128,7 +129,7 @@ def trainer(
         config,
         canary_tokens=canary_tokens,
         head_chunk_size=head_chunk_size,
-        keep=keep_weights,
+        keep=max(keep_weights, shared.max_off_policy_steps + 2),
         dtype=weights_dtype,
       )
       publisher.publish(state)
