@@ -157,6 +157,19 @@ async def sync(
   )
 
 
+def refused(control: ServerControl, version: int, mode: str, reason: str) -> SyncReport:
+  """The report of a version that must not reach any server: each is fenced, none was asked.
+
+  The servers still hold sound weights, but of a version that the run has left behind.
+  """
+  servers = [
+    ServerSync(url, f"{url}: weights v{version}: {reason}", 0.0, {}) for url in control.urls
+  ]
+  for server in servers:
+    control.fence(server.url, server.reason or "")
+  return SyncReport(version=version, mode=mode, bound=0.0, servers=servers, seconds=0.0)
+
+
 async def _sync_server(
   control: ServerControl,
   url: str,

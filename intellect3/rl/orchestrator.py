@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import pathlib
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from intellect3 import rollout_log, summary, telemetry, types
@@ -32,7 +33,8 @@ def orchestrator(
   group_filters: filters.Filters | None = None,
   advantage_fn: filters.AdvantageFn = advantages.group_mean,
   sync_mode: str = "in_place",
-  canary_bound: float = 1e-4,
+  canary_bound: float | None = 1e-4,
+  verify_fingerprints: bool = True,
   evaluation_tasks: int = 0,
   server_start_seconds: float = 600.0,
 ) -> Main:
@@ -51,7 +53,10 @@ def orchestrator(
     group_filters: which rollouts carry no gradient.
     advantage_fn: from rewards and group ids to advantages.
     sync_mode: `in_place` keeps running requests' cache over an update, `retract` recomputes it.
-    canary_bound: largest difference of a canary logprob, server against trainer.
+    canary_bound: largest difference of a canary logprob, server against trainer; None calibrates it
+      at the first sync (three times the difference seen then, at least 1e-4), for bfloat16 servers.
+    verify_fingerprints: compare every published tensor's bytes with its manifest before a server
+      gets them; reads the weights once.
     evaluation_tasks: held-out tasks per environment, greedy, at the first and last version.
     server_start_seconds: how long servers may take to answer.
 
@@ -71,7 +76,7 @@ def orchestrator(
   )
   if sync_mode not in weight_sync.MODES:
     raise NotStarted(f"sync_mode: expected one of {list(weight_sync.MODES)}, got {sync_mode!r}")
-  if canary_bound <= 0 or evaluation_tasks < 0:
+  if (canary_bound is not None and canary_bound <= 0) or evaluation_tasks < 0:
     raise NotStarted(
       "canary_bound, evaluation_tasks: expected > 0 and >= 0, "
       f"got {canary_bound}, {evaluation_tasks}"
@@ -82,22 +87,42 @@ def orchestrator(
       f"got {sorted(shared.environment_weights)}"
     )
 
+  if not callable(advantage_fn):
+    raise NotStarted(f"advantage_fn: expected a function, got {advantage_fn!r}")
+
+  def make_sampler(sizes: Mapping[str, int]) -> difficulty.TaskSampler:
+    weights = shared.environment_weights
+    return difficulty.TaskSampler(sizes, weights, pools or difficulty.Pools(), shared.seed)
+
+  make_sampler({name: e.size("train") for name, e in shared.environments.items()})  # for its checks
+
   def make_scheduler(sizes: Mapping[str, int]) -> scheduler.Scheduler:
-    sampler = difficulty.TaskSampler(
-      sizes, shared.environment_weights, pools or difficulty.Pools(), shared.seed
-    )
+    sampler = make_sampler(sizes)
     return scheduler.Scheduler(settings, sampler, group_filters or filters.Filters(), advantage_fn)
 
+  bound = canary_bound
+
   async def sync(servers: control.ServerControl, version: int) -> weight_sync.SyncReport:
+    nonlocal bound
+    directory = manifests.version_directory(shared.weights_dir, version).absolute()
+    if verify_fingerprints:
+      wrong = await asyncio.to_thread(manifests.verify, directory)
+      if wrong:
+        return weight_sync.refused(servers, version, sync_mode, _damage(directory, wrong))
     manifest = manifests.read(shared.weights_dir, version)
-    return await weight_sync.sync(
+    report = await weight_sync.sync(
       servers,
-      path=manifests.version_directory(shared.weights_dir, version).absolute(),
+      path=directory,
       version=version,
       mode=sync_mode,
       canary=weight_sync.Canary(manifest.canary_ids, manifest.canary_logprobs),
-      bound=canary_bound,
+      bound=1.0 if bound is None else bound,
     )
+    if bound is None:
+      differences = [server.max_difference or 0.0 for server in report.servers]
+      bound = max(1e-4, 3 * max(differences, default=0.0))
+      logger.info("canary bound calibrated at version %d: %g", version, bound)
+    return report
 
   async def run() -> None:
     http = transport.HttpTransport()
@@ -112,6 +137,7 @@ def orchestrator(
           sync=lambda version: sync(servers, version),
           commit=_committer(shared),
           batch_committed=lambda step: closing[0](step),
+          dispatched=reporter.dispatched,
           report=reporter.step,
           report_evaluation=reporter.evaluation,
           status=reporter.status,
@@ -121,6 +147,7 @@ def orchestrator(
         seed=shared.seed,
         evaluation_tasks=evaluation_tasks,
         scheduler_state=reporter.scheduler_state,
+        dispatched=reporter.dispatched_before,
       )
       server = link.OrchestratorServer(
         orchestrator,
@@ -145,6 +172,11 @@ def orchestrator(
         await http.close()
 
   return lambda: asyncio.run(run())
+
+
+def _damage(directory: pathlib.Path, wrong: Sequence[str]) -> str:
+  more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+  return f"fingerprints of {directory.name} differ from its manifest: {', '.join(wrong[:5])}{more}"
 
 
 async def _wait_for_servers(
@@ -194,8 +226,12 @@ class _Reporter:
     self._run_dir = shared.run_dir
     self._steps = telemetry.MetricsWriter(shared.run_dir, "orchestrator")
     self._evaluations = telemetry.MetricsWriter(shared.run_dir, "evaluation")
+    self._dispatched = shared.log_dir / "dispatched"
     self.scheduler_state: Mapping[str, Any] | None = None
+    self.dispatched_before = 0
     if shared.resume:
+      if self._dispatched.exists():
+        self.dispatched_before = int(self._dispatched.read_text() or 0)
       for name in rollout_log.remove_uncommitted(shared.log_dir):
         logger.warning("removed %s: it was never committed", name)
       committed = rollout_log.committed_steps(shared.log_dir)
@@ -215,6 +251,12 @@ class _Reporter:
 
   def step(self, step: int, row: Mapping[str, float]) -> None:
     self._steps.write(step, row)
+
+  def dispatched(self, total: int) -> None:
+    self._dispatched.parent.mkdir(parents=True, exist_ok=True)
+    temporary = self._dispatched.with_suffix(".tmp")
+    temporary.write_text(str(total))
+    temporary.rename(self._dispatched)
 
   def evaluation(self, version: int, row: Mapping[str, float]) -> None:
     self._evaluations.write(version, row)

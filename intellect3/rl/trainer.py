@@ -20,7 +20,7 @@ import numpy as np
 from intellect3 import rollout_log, telemetry, types
 from intellect3.models import hf
 from intellect3.models.config import ModelConfig
-from intellect3.pipeline import placement, rollout_source
+from intellect3.pipeline import packing, placement, rollout_source
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding import rules
@@ -46,7 +46,7 @@ def trainer(
   model_options: Mapping[str, Any] | None = None,
   weights_dtype: str | None = None,
   keep_weights: int = 4,
-  canary_tokens: int = 16,
+  canary_tokens: int = 64,
   checkpoint_every: int = 50,
   keep_checkpoints: int = 2,
 ) -> Main:
@@ -65,9 +65,10 @@ def trainer(
       `fsdp` by default.
     model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
     weights_dtype: dtype of published weights; None keeps that of the parameters.
-    keep_weights: published versions kept; at least `max_off_policy_steps` + 2 are, since the trainer
-      may be that far ahead of a server that is still loading.
-    canary_tokens: length of the prompt on which servers are compared with the trainer.
+    keep_weights: published versions kept; at least `max_off_policy_steps` + 2 are, since the
+      trainer may be that far ahead of a server that is still loading.
+    canary_tokens: length of the prompt on which servers are compared with the trainer: tasks of the
+      environments as they are rendered, then random ids.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     keep_checkpoints: checkpoints kept.
 
@@ -79,11 +80,24 @@ def trainer(
     ("micro_rows", micro_rows),
     ("head_chunk_size", head_chunk_size),
     ("checkpoint_every", checkpoint_every),
+    ("keep_weights", keep_weights),
+    ("keep_checkpoints", keep_checkpoints),
   ):
     if value < 1:
       raise NotStarted(f"trainer.{field}: expected at least 1, got {value}")
   if canary_tokens < 2:
     raise NotStarted(f"trainer.canary_tokens: expected at least 2, got {canary_tokens}")
+  if weights_dtype not in (None, "float32", "bfloat16", "float16"):
+    raise NotStarted(f"trainer.weights_dtype: expected float32 or bfloat16, got {weights_dtype!r}")
+  if not callable(loss_fn) or not isinstance(optimizer, optimizers.Optimizer):
+    raise NotStarted(
+      "trainer.loss_fn, optimizer: expected a loss function (@name) and an optimizer (@name()), "
+      f"got {loss_fn!r}, {optimizer!r}"
+    )
+  unknown = set(mesh or {}) - set(mesh_lib.AXES)
+  if unknown:
+    raise NotStarted(f"trainer.mesh: expected axes of {mesh_lib.AXES}, got {sorted(unknown)}")
+  packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)  # for its checks
   checked = hf.check(shared.model_path, **(model_options or {}))
   if shared.renderer.vocab_size > checked.vocab_size:
     raise NotStarted(
@@ -96,6 +110,7 @@ def trainer(
     device_mesh = mesh_lib.make_mesh(**axes)
     placement.check_rows(device_mesh, micro_rows=micro_rows, row_length=row_length)
     config, params = hf.load(shared.model_path, dtype="float32", **(model_options or {}))
+    logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, axes)
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(device_mesh))
       shardings = layout.state_shardings(config, optimizer, device_mesh, rules.TRAIN_FSDP)
@@ -122,6 +137,7 @@ def trainer(
       writer = stack.enter_context(telemetry.MetricsWriter(shared.run_dir, "trainer"))
       if shared.resume and checkpoints.latest_step() is not None:
         state = checkpoints.restore(_target(state), batches).state
+      logger.info("training from step %d to %d", int(state.step) + 1, shared.steps)
       if shared.resume:
         writer.truncate_after(int(state.step))
       publisher = _Publisher(
@@ -139,6 +155,7 @@ def trainer(
         ),
         shardings,
         device_mesh,
+        rules.TRAIN_FSDP,
       )
       _loop(
         shared,
@@ -229,6 +246,22 @@ def _target(state: states.TrainState) -> states.TrainState:
   )
 
 
+def canary_ids(shared: Shared, length: int) -> np.ndarray:
+  """int32[length]: half of it tasks as the policy sees them, half random ids of the vocabulary.
+
+  Real prompts reach the experts and embeddings that the run depends on; random ids reach others.
+  """
+  ids: list[int] = []
+  index = 0
+  while len(ids) < length // 2:
+    for environment in shared.environments.values():
+      ids += shared.renderer.render(environment.task("train", index).prompt)
+    index += 1
+  rng = np.random.default_rng(shared.seed)
+  random_ids = rng.integers(0, shared.renderer.vocab_size, length)
+  return np.concatenate([ids[: length // 2], random_ids])[:length].astype(np.int32)
+
+
 class _Publisher:
   """Publishes the weights of a state once, with the trainer's own canary logprobs, and says so."""
 
@@ -246,8 +279,7 @@ class _Publisher:
     self._config = config
     self._keep = keep
     self._dtype = dtype
-    rng = np.random.default_rng(shared.seed)
-    self._canary_ids = rng.integers(0, shared.renderer.vocab_size, canary_tokens)
+    self._canary_ids = canary_ids(shared, canary_tokens)
     self._logprobs = jax.jit(scoring.make_logprob_fn(config, head_chunk_size=head_chunk_size))
 
   def publish(self, state: states.TrainState) -> None:
@@ -256,18 +288,20 @@ class _Publisher:
     newest = manifests.latest(self._shared.weights_dir)
     if newest is not None and version <= newest:
       return
-    canary_logprobs = self._logprobs(state.params, jnp.asarray(self._canary_ids, jnp.int32))
+    params = jax.device_get(state.params)
+    canary_logprobs = self._logprobs(self._as_published(params), self._canary_ids)
     publish.publish(
       self._shared.weights_dir,
       version,
       self._config,
-      jax.device_get(state.params),
+      params,
       canary_ids=self._canary_ids.tolist(),
       canary_logprobs=np.asarray(canary_logprobs).tolist(),
       keep=self._keep,
       dtype=self._dtype,
       tokenizer_from=self._shared.model_path,
     )
+    logger.info("published version %d", version)
     request = urllib.request.Request(
       f"{self._shared.orchestrator_url}/versions/{version}", method="POST"
     )
@@ -275,6 +309,13 @@ class _Publisher:
       urllib.request.urlopen(request, timeout=2.0).close()
     except (urllib.error.URLError, OSError) as error:  # it looks at the directory as well
       logger.info("the orchestrator was not told of version %d: %s", version, error)
+
+  def _as_published(self, params: Any) -> Any:
+    """The parameters as a server will read them: rounded to the published dtype."""
+    if self._dtype is None:
+      return params
+    dtype = jnp.dtype(self._dtype)
+    return jax.tree.map(lambda array: array.astype(dtype).astype(array.dtype), params)
 
 
 def _wait_for_manifest(shared: Shared) -> rollout_source.Wait:
@@ -287,6 +328,7 @@ def _wait_for_manifest(shared: Shared) -> rollout_source.Wait:
         return manifest
       try:
         urllib.request.urlopen(f"{shared.orchestrator_url}/batches/{number}", timeout=10).close()
+        stop.wait(0.01)  # a shared file system may show the rename later than the message came
       except (urllib.error.URLError, OSError):
         stop.wait(0.1)
     return None

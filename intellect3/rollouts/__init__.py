@@ -8,7 +8,9 @@
     conversation what an environment talks to; records tokens
     worker       runs environments, holds finished rollouts, writes log shards
     link         how messages travel: in process or over a WebSocket
+    ports        what the orchestrator sees of the world
     orchestrator the asyncio shell round the scheduler
+    reports      metrics rows, manifests, evaluation scores
 
 No module here imports jax.
 """

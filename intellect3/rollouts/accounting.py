@@ -67,6 +67,19 @@ class Accounting:
     """`outcome/reason` -> count."""
     return dict(sorted(self._reasons.items()))
 
+  def cancel_lost(self, dispatched: int) -> None:
+    """Counts rollouts that a process before this one dispatched and took with it: cancelled.
+
+    Args:
+      dispatched: how many had been dispatched in all; fewer than are known changes nothing.
+    """
+    lost = max(0, dispatched - self._dispatched)
+    self._dispatched += lost
+    self._ended["cancelled"] += lost
+    if lost:
+      self._reasons["cancelled/restart"] += lost
+    self.check()
+
   def check(self) -> None:
     """Raises AccountingError where the identity does not hold."""
     counts = self.counts()

@@ -106,13 +106,15 @@ class OrchestratorServer:
 
   async def close(self) -> None:
     """Sends what is posted, then closes every connection."""
-    for link in self._links.values():
-      try:
-        await asyncio.wait_for(link.flush(), timeout=2.0)
-      except (TimeoutError, ConnectionError):
-        logger.warning("worker %s did not take its last messages", link.name)
-    if self._runner is not None:
-      await self._runner.cleanup()
+    try:
+      for link in list(self._links.values()):  # a worker may leave while another is awaited
+        try:
+          await asyncio.wait_for(link.flush(), timeout=2.0)
+        except (TimeoutError, ConnectionError):
+          logger.warning("worker %s did not take its last messages", link.name)
+    finally:
+      if self._runner is not None:
+        await self._runner.cleanup()
 
   def batch_committed(self, step: int) -> None:
     """Wakes whoever waits for this step's batch."""

@@ -51,10 +51,12 @@ class BatchItem(msgspec.Struct, frozen=True, array_like=True):
 class WriteBatch(msgspec.Struct, frozen=True, kw_only=True, tag="write_batch"):
   """Write your rollouts of a step's batch; keep them until told to forget them.
 
-  Tokens of versions below `oldest_version` lose their loss mask (staleness rule `mask`).
+  Tokens of versions below `oldest_version` lose their loss mask (staleness rule `mask`). A batch
+  that is planned again, because a worker died meanwhile, has a higher `attempt`.
   """
 
   step: int
+  attempt: int
   items: Sequence[BatchItem]
   oldest_version: int
 
@@ -92,6 +94,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
   """
 
   rollout_id: int
+  group_id: int
   purpose: str
   environment: str
   reward: float | None
@@ -107,9 +110,10 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
 
 
 class BatchWritten(msgspec.Struct, frozen=True, kw_only=True, tag="batch_written"):
-  """The worker's shard of a step is closed and on disk."""
+  """The worker's shard of an attempt at a step is closed and on disk."""
 
   step: int
+  attempt: int
   worker: str
   shard: types.ShardEntry
 

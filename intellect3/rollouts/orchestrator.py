@@ -6,67 +6,18 @@ event loop, everything outside through `Ports`, so the same code runs under a vi
 """
 
 import asyncio
-import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from intellect3 import types
 from intellect3.rollouts import messages, reports
+from intellect3.rollouts.ports import Link, Ports, RunFailed
 from intellect3.rollouts.scheduler import BatchPlan, Scheduler, rollout_seed
 
 logger = logging.getLogger(__name__)
-
-
-class Link(Protocol):
-  """A connected worker, as the orchestrator sees it."""
-
-  name: str
-
-  def post(self, message: messages.ToWorker) -> None:
-    """Sends without waiting."""
-
-
-class RunFailed(RuntimeError):
-  """The run cannot go on; the message says why."""
-
-
-class SyncResult(Protocol):
-  """The part of `inference.weight_sync.SyncReport` that the orchestrator reads."""
-
-  @property
-  def healthy(self) -> Sequence[str]: ...
-
-  @property
-  def fenced(self) -> Mapping[str, str]: ...
-
-  @property
-  def seconds(self) -> float: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ports:
-  """Everything outside the orchestrator's own memory.
-
-  Attributes:
-    next_version: waits until a version newer than its argument is published; returns the newest.
-    sync: brings that version to the servers and checks it (contract 8).
-    commit: makes a manifest visible.
-    batch_committed: tells whoever waits that this step's batch is there.
-    report: takes a metrics row of a step.
-    report_evaluation: takes the scores of an evaluation of a version.
-    status: takes the phase the run is in, for people.
-  """
-
-  next_version: Callable[[int], Awaitable[int]]
-  sync: Callable[[int], Awaitable[SyncResult]]
-  commit: Callable[[types.Manifest], Awaitable[None]]
-  batch_committed: Callable[[int], None]
-  report: Callable[[int, Mapping[str, float]], None]
-  report_evaluation: Callable[[int, Mapping[str, float]], None]
-  status: Callable[[str, Mapping[str, Any]], None]
 
 
 class Orchestrator:
@@ -81,6 +32,7 @@ class Orchestrator:
     evaluation_tasks: held-out tasks per environment evaluated greedily at the first and last
       version; 0 for none.
     scheduler_state: of the last manifest, on a resume.
+    dispatched: rollouts dispatched before a resume, those after the last manifest included.
   """
 
   def __init__(
@@ -93,6 +45,7 @@ class Orchestrator:
     seed: int,
     evaluation_tasks: int = 0,
     scheduler_state: Mapping[str, Any] | None = None,
+    dispatched: int = 0,
   ) -> None:
     self._make_scheduler = make_scheduler
     self._ports = ports
@@ -101,6 +54,7 @@ class Orchestrator:
     self._seed = seed
     self._evaluation_tasks = evaluation_tasks
     self._scheduler_state = scheduler_state
+    self._dispatched = dispatched
     self._scheduler: Scheduler | None = None
     self._sizes: Mapping[str, int] = {}
     self._links: dict[str, Link] = {}
@@ -111,7 +65,9 @@ class Orchestrator:
     self._unbatched: dict[int, messages.RolloutSummary] = {}
     self._evaluation: dict[int, asyncio.Future[messages.RolloutSummary]] = {}
     self._commit_task: asyncio.Task[None] | None = None
+    self._attempt = 0
     self._written: dict[str, asyncio.Future[types.ShardEntry]] = {}
+    self._ending = False
     self._syncing = False
     self._collecting = False
     self._window = reports.Window()
@@ -139,7 +95,8 @@ class Orchestrator:
     if self._links.pop(name, None) is None:
       return
     lost = [rollout_id for rollout_id, owner in self._owner.items() if owner == name]
-    logger.warning("worker %s is gone with %d rollouts", name, len(lost))
+    if not self._ending:
+      logger.warning("worker %s is gone with %d rollouts", name, len(lost))
     for rollout_id in lost:
       self._release(rollout_id)
       if rollout_id in self._evaluation:
@@ -155,8 +112,9 @@ class Orchestrator:
     match message:
       case messages.RolloutSummary():
         self._finished(message)
-      case messages.BatchWritten(worker=worker, shard=shard):
-        if worker in self._written and not self._written[worker].done():
+      case messages.BatchWritten(attempt=attempt, worker=worker, shard=shard):
+        pending = attempt == self._attempt and worker in self._written
+        if pending and not self._written[worker].done():
           self._written[worker].set_result(shard)
       case messages.WorkerFailed(worker=worker, reason=reason):
         self._fail(f"worker {worker}: {reason}")
@@ -203,6 +161,7 @@ class Orchestrator:
         if task is not None:
           task.cancel()
           await asyncio.gather(task, return_exceptions=True)
+      self._ending = True
       for link in self._links.values():
         link.post(messages.Shutdown())
 
@@ -216,6 +175,7 @@ class Orchestrator:
     self._scheduler = scheduler = self._make_scheduler(train_sizes)
     if self._scheduler_state is not None:
       scheduler.restore(self._scheduler_state)
+    scheduler.accounting.cancel_lost(self._dispatched)
     self._ports.status("loading weights into the servers", {})
     await self._sync(-1)
     if self._evaluation_tasks and scheduler.version == 0:
@@ -267,11 +227,15 @@ class Orchestrator:
     if scheduler is None or not self._collecting or not self._links:
       return
     try:
-      for dispatch in scheduler.dispatch():
+      started = scheduler.dispatch()
+      if started:  # kept before it is sent: what a crash loses must have been counted
+        self._ports.dispatched(scheduler.accounting.counts()["dispatched"])
+      for dispatch in started:
         self._assign(dispatch)
       if self._commit_task is None and not self._syncing:
         plan = scheduler.plan_batch()
         if plan is not None:
+          self._ask_for_shards(plan)  # at once: between plan and request no worker may leave
           self._commit_task = asyncio.ensure_future(self._commit(plan))
           self._commit_task.add_done_callback(self._committed)
       self._forget(scheduler.take_forgotten())
@@ -315,21 +279,29 @@ class Orchestrator:
 
   # Batches.
 
-  async def _commit(self, plan: BatchPlan) -> None:
+  def _ask_for_shards(self, plan: BatchPlan) -> None:
     by_worker: dict[str, list[messages.BatchItem]] = {}
     for rollout_id, advantage in plan.advantages.items():
       item = messages.BatchItem(rollout_id, advantage)
       by_worker.setdefault(self._owner[rollout_id], []).append(item)
     loop = asyncio.get_running_loop()
+    self._attempt += 1
     self._written = {name: loop.create_future() for name in sorted(by_worker)}
     for name, items in by_worker.items():
       self._links[name].post(
-        messages.WriteBatch(step=plan.step, items=items, oldest_version=plan.oldest_version)
+        messages.WriteBatch(
+          step=plan.step,
+          attempt=self._attempt,
+          items=items,
+          oldest_version=plan.oldest_version,
+        )
       )
-    try:
-      shards = [await future for future in self._written.values()]
-    except RunFailed as error:  # a worker died: its rollouts are lost, plan again
-      logger.warning("the batch of step %d is planned again: %s", plan.step, error)
+
+  async def _commit(self, plan: BatchPlan) -> None:
+    written = await asyncio.gather(*self._written.values(), return_exceptions=True)
+    shards = [shard for shard in written if isinstance(shard, types.ShardEntry)]
+    if len(shards) < len(written):  # a worker died: its rollouts are lost, plan again
+      logger.warning("the batch of step %d is planned again: a worker is gone", plan.step)
       return
     scheduler = self._scheduler
     assert scheduler is not None
@@ -337,7 +309,8 @@ class Orchestrator:
       logger.warning("the batch of step %d is planned again: it lost rollouts", plan.step)
       return
     scheduler.commit(plan)
-    metrics = self._window.close(plan, scheduler, loop.time())
+    now = asyncio.get_running_loop().time()
+    metrics = self._window.close(plan, scheduler, now)
     await self._ports.commit(reports.manifest(plan, shards, metrics, scheduler.state()))
     self._forget(list(plan.advantages))
     self._ports.report(plan.step, metrics)

@@ -17,6 +17,7 @@ class Window:
   def __init__(self) -> None:
     self._started = 0.0
     self._finished: list[messages.RolloutSummary] = []
+    self._scored: list[messages.RolloutSummary] = []  # of groups that no row has told of yet
     self._syncs: list[float] = []
 
   def start(self, now: float) -> None:
@@ -27,6 +28,8 @@ class Window:
   def add_finished(self, summary: messages.RolloutSummary) -> None:
     """A training rollout finished (or failed)."""
     self._finished.append(summary)
+    if summary.reward is not None:
+      self._scored.append(summary)
 
   def add_sync(self, seconds: float) -> None:
     """A weight sync ended."""
@@ -36,7 +39,10 @@ class Window:
     """The metrics row of the step just committed; begins the next window."""
     seconds = now - self._started
     sampled = sum(summary.sampled_tokens for summary in self._finished)
-    scored = [s for s in self._finished if s.reward is not None]
+    # A group's rewards belong to the row of its batch; one that the filters kept out of every
+    # batch to the next row. So `reward` is over all that was sampled, filtered or not.
+    scored = [s for s in self._scored if not scheduler.is_open_group(s.group_id)]
+    self._scored = [s for s in self._scored if scheduler.is_open_group(s.group_id)]
     row: dict[str, float] = {
       "collect_seconds": seconds,
       "sampled_tokens": sampled,
@@ -47,7 +53,7 @@ class Window:
       **{f"pool/{key}": float(n) for key, n in scheduler.pool_counts().items()},
       **_stale_by_length(scheduler.take_ended_lengths()),
     }
-    if scored:  # all rewards that came in, also of groups that the filters kept out of the batch
+    if scored:
       row["rollout_seconds"] = statistics.median(summary.seconds for summary in scored)
       row |= _rewards(scored)
     if self._syncs:

@@ -209,7 +209,7 @@ class Scheduler:
     for rollout_id, reason in group.result.filtered.items():
       if self.accounting.is_open(rollout_id):
         self._end(rollout_id, "filtered", reason)
-    if group.result.advantages:
+    if self._trainable(group):
       self._completed.append(group.group_id)
     else:
       del self._groups[group.group_id]
@@ -233,10 +233,9 @@ class Scheduler:
     for group_id in chosen:
       group = self._groups[group_id]
       assert group.result is not None
-      for rollout_id in sorted(group.result.advantages):
-        if rollout_id in group.summaries:
-          advantages[rollout_id] = group.result.advantages[rollout_id]
-          summaries.append(group.summaries[rollout_id])
+      for rollout_id in self._trainable(group):
+        advantages[rollout_id] = group.result.advantages[rollout_id]
+        summaries.append(group.summaries[rollout_id])
     return BatchPlan(self.next_step, oldest, advantages, tuple(chosen), tuple(summaries))
 
   def _batchable(self) -> list[int]:
@@ -252,22 +251,23 @@ class Scheduler:
   def _drop_stale(self, oldest: int) -> None:
     for group_id in list(self._completed):
       group = self._groups[group_id]
-      assert group.result is not None
-      for rollout_id in sorted(group.result.advantages):
-        summary = group.summaries.get(rollout_id)
-        if summary is None:
-          continue
+      for rollout_id in self._trainable(group):
+        summary = group.summaries[rollout_id]
         late = (
           summary.oldest_version
           if self._settings.staleness_rule == "drop"
           else summary.newest_version  # with `mask` a rollout is useless once every token is stale
         )
-        if late < oldest:
+        if late < oldest:  # its reward stays: the summary is kept for the baseline
           self._end(rollout_id, "stale", self._settings.staleness_rule)
-          del group.summaries[rollout_id]
-      if not any(rollout_id in group.summaries for rollout_id in group.result.advantages):
+      if not self._trainable(group):
         self._completed.remove(group_id)
         del self._groups[group_id]
+
+  def _trainable(self, group: _Group) -> list[int]:
+    """Rollouts of a scored group that have an advantage and have not ended."""
+    assert group.result is not None
+    return [key for key in sorted(group.result.advantages) if self.accounting.is_open(key)]
 
   def commit(self, plan: BatchPlan) -> None:
     """The batch is on disk: its rollouts are trained, its groups are done, the pools move."""
@@ -304,6 +304,10 @@ class Scheduler:
     """(sampled tokens, outcome) of the rollouts that were trained or stale since the last call."""
     ended, self._ended_lengths = self._ended_lengths, []
     return ended
+
+  def is_open_group(self, group_id: int) -> bool:
+    """Whether a group still runs or waits to be batched."""
+    return group_id in self._groups
 
   def pool_counts(self) -> dict[str, int]:
     """Tasks in the easy and hard pools."""

@@ -147,12 +147,13 @@ class Worker:
       score = await environment.run(task, conversation)
       reward, metrics = float(score.reward), score.metrics
       if not np.isfinite(reward):
-        reward, error = None, f"reward: expected a finite number, got {score.reward}"
+        reward, error = None, "reward_not_finite"
     except asyncio.CancelledError:
       raise
     except Exception as failure:  # contract 4: an isolation boundary; a failure is never a reward
-      error = f"{type(failure).__name__}: {failure}"
-      logger.warning("rollout %d failed: %s", dispatch.rollout_id, error)
+      # The reason is a metric's name: the kind alone. What it said is for the log.
+      error = type(failure).__name__
+      logger.warning("rollout %d failed: %s: %s", dispatch.rollout_id, error, failure)
     rollout = types.Rollout(
       rollout_id=dispatch.rollout_id,
       group_id=dispatch.group_id,
@@ -170,7 +171,10 @@ class Worker:
     self._send(_summarize(rollout, dispatch.purpose, conversation.servers(), clock() - started))
 
   async def _write(self, batch: messages.WriteBatch) -> None:
-    path = rollout_log.step_directory(self._log_dir, batch.step) / f"{self.name}.arrayrecord"
+    path = (
+      rollout_log.step_directory(self._log_dir, batch.step)
+      / f"{self.name}_{batch.attempt}.arrayrecord"
+    )
     try:
       records = [
         record
@@ -183,10 +187,12 @@ class Worker:
       self._send(messages.WorkerFailed(worker=self.name, reason=f"{path.name}: {failure}"))
       return
     if self._write_sample is not None and batch.items:
-      best = max(batch.items, key=lambda item: (item.advantage, -item.rollout_id))
-      if best.rollout_id in self._finished:
-        self._write_sample(batch.step, self._finished[best.rollout_id], best.advantage)
-    self._send(messages.BatchWritten(step=batch.step, worker=self.name, shard=shard))
+      shown = batch.items[batch.step * 7919 % len(batch.items)]  # any one, not the best
+      if shown.rollout_id in self._finished:
+        self._write_sample(batch.step, self._finished[shown.rollout_id], shown.advantage)
+    self._send(
+      messages.BatchWritten(step=batch.step, attempt=batch.attempt, worker=self.name, shard=shard)
+    )
 
 
 def _summarize(
@@ -199,6 +205,7 @@ def _summarize(
   sampled = np.concatenate([*versions, np.zeros(0, np.int32)])
   return messages.RolloutSummary(
     rollout_id=rollout.rollout_id,
+    group_id=rollout.group_id,
     purpose=purpose,
     environment=rollout.environment,
     reward=rollout.reward,

@@ -34,6 +34,7 @@ def make_scheduler(
 def make_summary(dispatch, *, reward=0.0, version=0, newest=None, **changes):
   values = dict(
     rollout_id=dispatch.rollout_id,
+    group_id=dispatch.group_id,
     purpose=dispatch.purpose,
     environment=dispatch.environment,
     reward=reward,

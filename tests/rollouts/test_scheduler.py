@@ -305,3 +305,42 @@ def test_accounting_holds_at_every_moment_of_any_schedule(data, off_policy, prom
     assert counts["in_flight"] >= len(running)
   machine.cancel_all("end")
   assert machine.accounting.counts()["in_flight"] == 0
+
+
+def test_a_stale_rollouts_reward_stays_in_the_baseline_when_another_is_lost_later():
+  machine = make_scheduler(
+    make_settings(max_off_policy_steps=0, prompts_per_step=2, rollouts_per_prompt=4)
+  )
+  machine.weights(0)
+  first, second = groups(machine.dispatch(), 4)
+  machine.next_step = 2
+  machine.weights(1)
+  finish_group(machine, first[:1], [1.0], version=0)
+  finish_group(machine, first[1:], [0.0, 0.0, 0.0], version=1)
+  assert machine.plan_batch() is None  # drops the stale one, waits for the second group
+  machine.lost([first[1].rollout_id], "worker lost")
+  finish_group(machine, second, [0.0, 1.0, 0.0, 1.0], version=1)
+  plan = machine.plan_batch()
+  third = pytest.approx(-1 / 3)
+  assert {key: plan.advantages[key] for key in (2, 3)} == {2: third, 3: third}
+  counts = machine.accounting.counts()
+  assert (counts["stale"], counts["errored"], counts["filtered"]) == (1, 1, 0)
+
+
+def test_what_a_crash_lost_after_the_last_manifest_is_counted():
+  book = accounting.Accounting.restore(
+    {
+      "dispatched": 10,
+      "trained": 6,
+      "filtered": 0,
+      "stale": 0,
+      "cancelled": 0,
+      "errored": 0,
+      "in_flight": 4,
+      "reasons": {},
+    }
+  )
+  book.cancel_lost(13)
+  assert book.counts()["dispatched"] == 13 and book.counts()["cancelled"] == 7
+  book.cancel_lost(12)
+  assert book.counts()["dispatched"] == 13
