@@ -1,5 +1,7 @@
 """Small makers that the tests of this folder share."""
 
+import socket
+
 from intellect3 import rollout_log
 from intellect3.losses import advantages
 from intellect3.rollouts import difficulty, filters, messages, scheduler
@@ -55,3 +57,10 @@ def all_records(log_dir, manifest):
   """Every record of a committed step, in order."""
   count = sum(len(entry.lengths) for entry in manifest.shards)
   return list(rollout_log.read_records(log_dir, manifest, range(count)).values())
+
+
+def free_port():
+  """A port on this machine that nothing listens on now."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]

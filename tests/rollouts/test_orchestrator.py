@@ -1,184 +1,15 @@
 """Orchestrator and workers together, over both links, with a policy that needs no server."""
 
 import asyncio
-import dataclasses
 import time
 
 import numpy as np
 import pytest
 
-from intellect3 import rollout_log, types
-from intellect3.environments import base
-from intellect3.rollouts import difficulty, filters, link, messages, orchestrator, worker
-from tests.rollouts.helpers import all_records, make_scheduler, make_settings
-
-
-@dataclasses.dataclass
-class Coin:
-  """An environment whose reward the conversation draws; some attempts fail."""
-
-  name: str = "coin"
-  failing: float = 0.0
-
-  def size(self, split):
-    return 40
-
-  def task(self, split, index):
-    return types.Task(
-      task_id=f"coin/{split}/{index}", environment=self.name, prompt=[], info={"index": index}
-    )
-
-  async def run(self, task, conversation):
-    await conversation.send(task.prompt)
-    if conversation.random.random() < self.failing:
-      raise RuntimeError("the tool broke")
-    return base.Score(reward=float(conversation.random.random() < 0.5))
-
-
-class FakeConversation:
-  """Samples four tokens with the version of the moment, after a moment."""
-
-  def __init__(self, dispatch, version, delay):
-    import random
-
-    self.random = random.Random(dispatch.seed)
-    self.truncated = False
-    self._dispatch, self._version, self._delay = dispatch, version, delay
-    self._trajectories = []
-
-  async def send(self, prompt):
-    first = self._version()
-    await asyncio.sleep(self._delay(self._dispatch))
-    versions = np.array([-1, -1, first, first, self._version(), self._version()], np.int32)
-    sampled = versions >= 0
-    self._trajectories.append(
-      types.Trajectory(
-        tokens=np.arange(6, dtype=np.int32),
-        loss_mask=sampled,
-        inference_logprobs=np.where(sampled, -0.5, 0.0).astype(np.float32),
-        policy_versions=versions,
-        temperature=1.0,
-      )
-    )
-
-  def trajectories(self):
-    return self._trajectories
-
-  def servers(self):
-    return ["http://a"]
-
-
-class FakePool:
-  def __init__(self):
-    self.urls, self.fenced = (), {}
-
-  def set_servers(self, urls):
-    self.urls = tuple(urls)
-
-  def fence(self, url, reason):
-    self.fenced[url] = reason
-
-
-@dataclasses.dataclass
-class Sync:
-  healthy: tuple = ("http://a",)
-  fenced: dict = dataclasses.field(default_factory=dict)
-  seconds: float = 0.01
-
-
-class World:
-  """A trainer that makes v(n) soon after step n's batch, a log on disk, and the orchestrator."""
-
-  def __init__(self, tmp_path, *, steps=5, failing=0.0, delay=lambda dispatch: 0.002, **settings):
-    self.log_dir = tmp_path / "rollouts"
-    self.steps = steps
-    self.committed = asyncio.Queue()
-    self.versions = asyncio.Queue()
-    self.rows, self.evaluations, self.phases = {}, {}, []
-    self.environment = Coin(failing=failing)
-    self.delay = delay
-    self.sync_results = {}
-    self.pools = settings.pop("pools", difficulty.Pools())
-    self.filters = settings.pop("group_filters", filters.Filters())
-    self.settings = make_settings(steps=steps, **settings)
-    self.second_step = asyncio.Event()
-
-  def orchestrator(self, **changes):
-    async def next_version(version):
-      newest = await self.versions.get()
-      while not self.versions.empty():
-        newest = self.versions.get_nowait()
-      return newest
-
-    async def sync(version):
-      return self.sync_results.get(version, Sync())
-
-    async def commit(manifest):
-      rollout_log.commit_manifest(self.log_dir, manifest)
-
-    return orchestrator.Orchestrator(
-      **{
-        **dict(
-          make_scheduler=lambda sizes: make_scheduler(
-            self.settings, sizes=sizes, pools=self.pools, group_filters=self.filters
-          ),
-          ports=orchestrator.Ports(
-            next_version=next_version,
-            sync=sync,
-            commit=commit,
-            batch_committed=self.committed.put_nowait,
-            dispatched=lambda total: None,
-            report=self.report,
-            report_evaluation=self.evaluations.__setitem__,
-            status=lambda phase, detail: self.phases.append((phase, detail)),
-          ),
-          num_workers=1,
-          steps=self.steps,
-          seed=0,
-        ),
-        **changes,
-      }
-    )
-
-  def report(self, step, row):
-    self.rows[step] = row
-    if step == 2:
-      self.second_step.set()
-
-  def make_worker(self, name="worker_0"):
-    version = [0]
-
-    async def release():
-      pass
-
-    return lambda send: worker.Worker(
-      name,
-      environments={"coin": self.environment},
-      make_conversation=lambda d: FakeConversation(d, lambda: version[0], self.delay),
-      pool=FakePool(),
-      send=send,
-      log_dir=self.log_dir,
-      version_changed=lambda new: version.__setitem__(0, new),
-      release=release,
-    )
-
-  async def trainer(self):
-    self.versions.put_nowait(0)
-    for _ in range(self.steps):
-      step = await self.committed.get()
-      manifest = rollout_log.read_manifest(self.log_dir, step)
-      records = all_records(self.log_dir, manifest)
-      assert manifest.loss_tokens == sum(r.trajectory.loss_mask.sum() for r in records)
-      await asyncio.sleep(0.005)
-      self.versions.put_nowait(step)
-
-  async def run(self, **changes):
-    machine = self.orchestrator(**changes)
-    local = link.InProcessLink(machine, self.make_worker())
-    try:
-      await asyncio.wait_for(asyncio.gather(machine.run(), self.trainer()), 30)
-    finally:
-      await local.close()
+from intellect3 import rollout_log
+from intellect3.rollouts import link, messages, orchestrator
+from tests.rollouts.helpers import all_records, free_port
+from tests.rollouts.world import SlowShards, Sync, World
 
 
 def identity(row):
@@ -239,9 +70,7 @@ def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
       batch_exists=lambda step: rollout_log.read_manifest(world.log_dir, step) is not None,
       poll_seconds=0.2,
     )
-    from intellect3.rl.roles import free_port
-
-    port = free_port("127.0.0.1")
+    port = free_port()
     await server.start("127.0.0.1", port)
     url = f"http://127.0.0.1:{port}"
     remote = [
@@ -332,9 +161,7 @@ def test_the_long_poll_answers_when_the_batch_is_there(tmp_path):
       batch_exists=lambda step: step == 1,
       poll_seconds=0.2,
     )
-    from intellect3.rl.roles import free_port
-
-    port = free_port("127.0.0.1")
+    port = free_port()
     await server.start("127.0.0.1", port)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
       assert (await session.get("/batches/1")).status == 200
@@ -352,14 +179,12 @@ def test_the_long_poll_answers_when_the_batch_is_there(tmp_path):
 
 def test_every_worker_is_told_of_the_end_however_many_there_are(tmp_path):
   async def scenario():
-    from intellect3.rl.roles import free_port
-
     world = World(tmp_path, steps=2)
     machine = world.orchestrator(num_workers=4)
     server = link.OrchestratorServer(
       machine, version_published=lambda version: None, batch_exists=lambda step: False
     )
-    port = free_port("127.0.0.1")
+    port = free_port()
     await server.start("127.0.0.1", port)
     remote = [
       asyncio.create_task(
@@ -376,35 +201,6 @@ def test_every_worker_is_told_of_the_end_however_many_there_are(tmp_path):
   asyncio.run(scenario())
 
 
-class SlowShards:
-  """A link whose worker answers WriteBatch when told to; everything else passes through."""
-
-  def __init__(self, machine, make_worker):
-    self._machine = machine
-    self._worker = make_worker(self._from_worker)
-    self.name = self._worker.name
-    self.held = []
-    self.holding = True
-    machine.connected(self, self._worker.hello())
-
-  def post(self, message):
-    asyncio.get_running_loop().call_soon(self._worker.handle, message)
-
-  def _from_worker(self, message):
-    if isinstance(message, messages.BatchWritten) and self.holding:
-      self.held.append(message)
-    else:
-      asyncio.get_running_loop().call_soon(self._machine.received, self.name, message)
-
-  def release(self):
-    self.holding = False
-    for message in self.held:
-      self._machine.received(self.name, message)
-
-  async def close(self):
-    await self._worker.close()
-
-
 def test_a_late_answer_to_an_abandoned_plan_never_enters_the_next_one(tmp_path):
   async def scenario():
     world = World(tmp_path, steps=3, prompts_per_step=4)
@@ -413,7 +209,7 @@ def test_a_late_answer_to_an_abandoned_plan_never_enters_the_next_one(tmp_path):
     doomed = SlowShards(machine, world.make_worker("worker_1"))
 
     async def kill_while_the_first_batch_is_written():
-      while not (slow.held and doomed.held):
+      while not (slow.held and doomed.held):  # noqa: ASYNC110 - until both answers wait
         await asyncio.sleep(0.002)
       machine.disconnected("worker_1")
       await asyncio.sleep(0.01)
