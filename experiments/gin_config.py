@@ -7,9 +7,11 @@ the file without placeholders first, so a misspelling anywhere is found there.
 """
 
 import importlib
+import io
 import pathlib
 import re
 import sys
+import tokenize
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +20,11 @@ import gin
 
 _INCLUDE = re.compile(r"""^include\s+['"](?P<file>[^'"]+)['"]\s*$""")
 _IMPORT = re.compile(r"^(?:from\s+(?P<package>[\w.]+)\s+)?import\s+(?P<name>[\w.]+)")
+_AT_LINE = re.compile(r"\s*\(line (?P<number>\d+)\)$")
+_TOKEN = re.compile(r"Failed to parse token '(?P<token>.*)'")
+# How gin begins what it appends to an error; whatever follows is about gin's state.
+_GIN_SAYS = ("In call to configurable", "No values supplied by Gin")
+_MAX_MESSAGE = 600
 
 
 class ConfigError(ValueError):
@@ -70,7 +77,13 @@ def parse(text: str, *, without_jax: bool) -> None:
   gin.clear_config()
   try:
     gin.parse_config(text)
-  except (ValueError, NameError, SyntaxError, ImportError, AttributeError, TypeError) as error:
+  except tokenize.TokenError as error:
+    raise ConfigError(
+      f"{_binding_at(text, error.args[1][0])}: expected brackets and quotes to be closed"
+    ) from error
+  except SyntaxError as error:
+    raise ConfigError(_unreadable(text, str(error))) from error
+  except (ValueError, NameError, ImportError, AttributeError, TypeError) as error:
     # gin adds "In bindings string line N"; the line itself follows and says more than the number.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("In bindings string")]
@@ -86,9 +99,48 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
   """
   try:
     return gin.get_configurable(function)(**arguments)
-  except (ValueError, TypeError) as error:
-    # gin appends where in the configuration it happened; the first line says what.
-    raise ConfigError(str(error).strip().splitlines()[0]) from error
+  except (ValueError, TypeError, OSError) as error:
+    raise ConfigError(_one_line(str(error)) or repr(error)) from error
+
+
+def _one_line(message: str) -> str:
+  """An error's own lines, joined and bounded, without what gin appends to them."""
+  joined = ""
+  for line in map(str.strip, message.splitlines()):
+    if line.startswith(_GIN_SAYS):
+      break
+    if line:
+      joined += ("" if not joined else " " if joined.endswith(":") else "; ") + line
+  return joined if len(joined) <= _MAX_MESSAGE else joined[: _MAX_MESSAGE - 4] + " ..."
+
+
+def _unreadable(text: str, message: str) -> str:
+  """What gin says of a statement that it cannot read, with the statement itself."""
+  last = message.strip().splitlines()[-1].strip()
+  at, token = _AT_LINE.search(last), _TOKEN.search(last)
+  if at is None:
+    return _one_line(message)
+  reason = last[: at.start()]
+  if token is not None:
+    reason = f"expected a number, a quoted string, a list or a @reference, got {token['token']}"
+  return _one_line(f"{_binding_at(text, int(at['number']))}: {reason}")
+
+
+def _binding_at(text: str, number: int) -> str:
+  """The first line of the statement that line `number`, counted from 1, belongs to."""
+  begins, at_start = number, True
+  layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+  try:
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+      if token.start[0] > number or token.type == tokenize.ENDMARKER:
+        break
+      if at_start and token.type not in layout:
+        begins, at_start = token.start[0], False
+      at_start = at_start or token.type == tokenize.NEWLINE
+  except (tokenize.TokenError, SyntaxError):
+    pass  # the statement that is never closed is the last one that began
+  lines = text.splitlines()
+  return lines[min(begins, len(lines)) - 1].strip()
 
 
 def _block_jax(text: str) -> None:

@@ -95,8 +95,8 @@ def run(
     padding, compilation aside), `wall_seconds`, `stopped`.
 
   Raises:
-    ValueError: `run_dir` holds a run and `resume` is off, both or neither of `model_config` and
-      `model_path`, or a bad number.
+    ValueError: `run_dir` holds a run and `resume` is off, or none and it is on; both or neither of
+      `model_config` and `model_path`; or a bad number.
   """
   run_dir = pathlib.Path(run_dir)
   if (model_config is None) == (model_path is None):
@@ -114,6 +114,10 @@ def run(
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)
   mesh = mesh or make_mesh(fsdp=jax.device_count())
   placement.check_rows(mesh, micro_rows=micro_rows, row_length=row_length)
+  if run_dir.exists() and not run_dir.is_dir():
+    raise ValueError(f"run_dir: expected a directory, got the file {run_dir}")
+  if resume and not any((run_dir / name).exists() for name in ("metrics", "checkpoints")):
+    raise ValueError(f"run_dir: expected a run, got {run_dir}: there is no run to resume")
   if not resume and run_dir.exists():
     found = sorted({entry.name for entry in run_dir.iterdir()} - _EXPECTED_FILES)
     if found:

@@ -291,54 +291,6 @@ def corrupt(path):
     file.write(np.full((end - start) // 4, 0.01, np.float32).tobytes())
 
 
-@pytest.mark.parametrize(
-  ("settings", "extra", "message"),
-  [
-    ({"rl.run.stpes": 3}, [], "Configurable 'rl.run' doesn't have a parameter named 'stpes'"),
-    ({"trainer.trainer.lr": 3}, [], "doesn't have a parameter named 'lr'"),
-    ({"rl.run.model_path": "nowhere"}, [], "nowhere"),
-    ({"rl.run.steps": 0}, [], "steps: expected at least 1, got 0"),
-    ({"orchestrator.orchestrator.staleness_rule": "keep"}, [], "staleness_rule: expected"),
-    ({"optimizer.adamw.clip_norm": -1.0}, [], "clip_norm"),
-    ({"rl.run.num_workers": -1}, [], "num_workers"),
-    ({}, ["--resume"], "there is no run to resume"),
-    ({}, ["--gin", "missing.gin"], "missing.gin: No such file"),
-  ],
-)
-def test_bad_input_is_one_line_exit_code_2_and_nothing_started(
-  model, tmp_path, run_here, settings, extra, message
-):
-  out = tmp_path / "run"
-  code, error = run_here(out, {"rl.run.model_path": str(model), **settings}, *extra)
-  assert code == 2, error
-  assert message in error
-  assert len(error.strip().splitlines()) == 1, error
-  assert not out.exists()
-
-
-def test_a_missing_required_parameter_is_named(tmp_path, capsys):
-  gin = tmp_path / "run.gin"
-  base = "experiments/configs/runs/rl_base.gin"
-  gin.write_text(f"from __gin__ import dynamic_registration\ninclude '{base}'\n")
-  assert rl_run.main(["--gin", str(gin), "--out", str(tmp_path / "run")]) == 2
-  error = capsys.readouterr().err
-  for name in ("run()", "'steps'", "'model_path'", "'environments'"):
-    assert name in error
-
-
-def test_a_busy_port_is_refused(model, tmp_path, run_here):
-  import socket
-
-  with socket.socket() as taken:
-    taken.bind(("127.0.0.1", 0))
-    taken.listen()
-    port = taken.getsockname()[1]
-    settings = {"rl.run.model_path": str(model), "rl.run.server_port": port}
-    code, error = run_here(tmp_path / "run", settings)
-  assert code == 2
-  assert f"port: expected a free one on 127.0.0.1, got {port}" in error
-
-
 def test_an_existing_run_is_not_overwritten(asynchronous, run_here):
   out, _ = asynchronous
   code, error = run_here(out, {"rl.run.model_path": "unused"})

@@ -116,6 +116,19 @@ def test_bad_values_are_named_before_anything_starts(tmp_path, changes, field):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_run_is_not_resumed_and_a_file_is_no_run_directory(tmp_path):
+  run_dir = tmp_path / "run"
+  for _ in range(2):  # first missing, then empty but for a configuration
+    with pytest.raises(ValueError, match=r"run_dir: expected a run, got .*no run to resume"):
+      _run(run_dir, resume=True)
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.gin").write_text("")
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="run_dir: expected a directory, got the file"):
+    _run(tmp_path / "file")
+  assert [entry.name for entry in run_dir.iterdir()] == ["config.gin"]
+
+
 def test_an_example_that_does_not_fit_is_named(tmp_path):
   with pytest.raises(ValueError, match="row_length"):
     _run(tmp_path / "run", row_length=4)

@@ -1,11 +1,17 @@
 """The inference role: the command line of one server. The server is a process of its own."""
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
 from intellect3.inference import launch
-from intellect3.rl.roles import Shared
+from intellect3.inference.engine import flags
+from intellect3.rl import checks
+from intellect3.rl.roles import NotStarted, Shared
+
+_COUNTS = ("slots", "prefill_rows", "prefill_chunk", "queue_limit")
 
 
 def embedded_server(
@@ -17,19 +23,54 @@ def embedded_server(
     shared: what the roles share.
     index: of this server.
     options: flags of `python -m intellect3.inference.engine`, dashes as underscores.
+
+  Raises:
+    NotStarted: an option is not a flag of the engine, or its value is not fit.
   """
-  return launch.embedded_command(shared.model_path, _port(shared, index), **(options or {}))
+  options = _mapping("embedded_server", options)
+  command = launch.embedded_command(shared.model_path, _port(shared, index), **options)
+  field = "inference.embedded_server.options"
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+      settings = flags.parse(command[command.index("--model") :])
+  except SystemExit as error:
+    lines = said.getvalue().strip().splitlines() if error.code else ["help is no setting"]
+    reason = lines[-1].partition("error: ")[2] or lines[-1]
+    raise NotStarted(
+      f"{field}: expected flags of the engine, got {dict(options)}: {reason}"
+    ) from error
+  for name in _COUNTS:
+    checks.integer(f"{field}[{name!r}]", getattr(settings, name), 1)
+  if settings.context_length is not None:
+    checks.integer(f"{field}['context_length']", settings.context_length, 2)
+  return command
 
 
 def sglang_server(
   shared: Shared, index: int, *, options: Mapping[str, Any] | None = None
 ) -> Sequence[str]:
   """A real SGLang server, from its own environment or container."""
-  return launch.sglang_command(shared.model_path, _port(shared, index), **(options or {}))
+  options = _mapping("sglang_server", options)
+  return launch.sglang_command(shared.model_path, _port(shared, index), **options)
+
+
+def _mapping(function: str, options: Any) -> Mapping[str, Any]:
+  if options is None:
+    return {}
+  reserved = {"model", "model_path", "port", "weight_version"}
+  if not isinstance(options, Mapping) or not all(
+    isinstance(name, str) and name not in reserved for name in options
+  ):
+    raise NotStarted(
+      f"inference.{function}.options: expected names and values, none of {sorted(reserved)}, "
+      f"got {options!r}"
+    )
+  return options
 
 
 def _port(shared: Shared, index: int) -> int:
   port = urlparse(shared.server_urls[index]).port
   if port is None:
-    raise ValueError(f"server_urls[{index}]: expected a port, got {shared.server_urls[index]}")
+    raise NotStarted(f"server_urls[{index}]: expected a port, got {shared.server_urls[index]}")
   return port

@@ -7,7 +7,6 @@ work, so a bad value anywhere ends the command with one line and nothing begun.
 import dataclasses
 import os
 import pathlib
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,12 +15,12 @@ from intellect3 import summary, supervisor
 from intellect3.environments import base as environments_base
 from intellect3.inference import launch
 from intellect3.rendering import base as rendering_base
+from intellect3.rl import checks
+from intellect3.rl.checks import NotStarted
+
+__all__ = ["ROLES", "Main", "NotStarted", "Shared", "run"]
 
 ROLES = ("trainer", "orchestrator", "worker", "inference")
-
-
-class NotStarted(ValueError):
-  """The run cannot start: the configuration or the machine is not fit. Nothing was begun."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,31 +132,35 @@ def run(
   Raises:
     NotStarted, ValueError, TypeError: something is not fit; the message is one line.
   """
+  if role not in ("all", *ROLES):
+    raise NotStarted(f"role: expected one of {('all', *ROLES)}, got {role!r}")
+  checks.path("run_dir", run_dir)
+  checks.path("model_path", model_path)
   directory = pathlib.Path(run_dir)
-  check_run_directory(directory, resume=resume, role=role)
-  if steps < 1:
-    raise NotStarted(f"steps: expected at least 1, got {steps}")
-  if num_workers < 0 or (num_servers < 1 and not server_urls):
-    raise NotStarted(
-      f"num_workers, num_servers: expected >= 0 and >= 1, got {num_workers}, {num_servers}"
-    )
-  by_name = {environment.name: environment for environment in environments}
-  if not by_name or len(by_name) != len(environments):
-    raise NotStarted(
-      f"environments: expected at least one, each name once, got {[e.name for e in environments]}"
-    )
-  if role == "all":
-    orchestrator_port = orchestrator_port or free_port(host)
-    ports = [server_port + n if server_port else free_port(host) for n in range(num_servers)]
-    for port in [orchestrator_port, *([] if server_urls else ports)]:
-      launch.check_port_free(host, port)
-  elif not orchestrator_port or not (server_port or server_urls):
-    raise NotStarted(
-      f"orchestrator_port, server_port: expected set for role {role}, "
-      f"got {orchestrator_port}, {server_port}"
-    )
-  else:
-    ports = [server_port + n for n in range(num_servers)]
+  checks.run_directory(directory, resume=resume, role=role)
+  for field, value, least, most in (
+    ("steps", steps, 1, None),
+    ("max_off_policy_steps", max_off_policy_steps, 0, None),
+    ("seed", seed, 0, 2**63 - 1),
+    ("num_workers", num_workers, 0, None),
+    ("num_servers", num_servers, 1, None),
+    ("orchestrator_port", orchestrator_port, 0, 65535),
+    ("server_port", server_port, 0, 65535),
+  ):
+    checks.integer(field, value, least, most)
+  by_name = checks.by_name(environments)
+  if environment_weights is None:
+    environment_weights = dict.fromkeys(by_name, 1.0)
+  checks.environment_weights(environment_weights, by_name)
+  if isinstance(server_urls, str):
+    raise NotStarted(f"server_urls: expected a list, got {server_urls!r}")
+  orchestrator_port, urls = _addresses(
+    role, host, orchestrator_port, server_port, num_servers, server_urls
+  )
+  if role == "worker" and not num_workers:
+    raise NotStarted("num_workers: expected at least 1 for role worker, got 0")
+  if role in ("worker", "inference"):
+    checks.integer("index", index, 0, (num_workers if role == "worker" else len(urls)) - 1)
   shared = Shared(
     run_dir=directory,
     steps=steps,
@@ -166,22 +169,20 @@ def run(
     model_path=pathlib.Path(model_path),
     renderer=renderer,
     environments=by_name,
-    environment_weights=environment_weights or dict.fromkeys(by_name, 1.0),
+    environment_weights=environment_weights,
     resume=resume,
     num_workers=num_workers,
     orchestrator_url=f"http://{host}:{orchestrator_port}",
-    server_urls=tuple(server_urls) or tuple(f"http://{host}:{port}" for port in ports),
+    server_urls=urls,
   )
   if role == "trainer":
     return trainer(shared)
   if role == "orchestrator":
-    return orchestrator(shared, worker(shared, 0))
+    return _orchestrator_main(shared, orchestrator(shared, worker(shared, 0)), config_text)
   if role == "worker":
     return _worker_main(shared, worker(shared, index))
   if role == "inference":
     return _exec(inference(shared, index))
-  if role != "all":
-    raise NotStarted(f"role: expected one of {('all', *ROLES)}, got {role!r}")
   # Built for their checks; the children build their own.
   trainer(shared)
   orchestrator(shared, worker(shared, 0))
@@ -196,22 +197,49 @@ def run(
   return lambda: _start_all(shared, children, config_text)
 
 
-def check_run_directory(directory: pathlib.Path, *, resume: bool, role: str) -> None:
-  """Refuses to write into another run's directory, or to resume what is not there."""
-  begun = (directory / "config.gin").exists() or (directory / "metrics").exists()
-  if role != "all":
-    return  # the roles of one run share the directory
-  if begun and not resume:
-    raise NotStarted(f"{directory}: a run is there already; give --resume, or another --out")
-  if resume and not begun:
-    raise NotStarted(f"{directory}: there is no run to resume")
+def _addresses(
+  role: str,
+  host: str,
+  orchestrator_port: int,
+  server_port: int,
+  num_servers: int,
+  server_urls: Sequence[str],
+) -> tuple[int, tuple[str, ...]]:
+  """The orchestrator's port and the servers' urls; what this process will listen on is free."""
+  listens = role in ("all", "orchestrator")
+  if listens:
+    checks.host(host)
+  if role == "all":
+    drawn = checks.free_ports(host, 1 + num_servers)
+    orchestrator_port = orchestrator_port or drawn[0]
+    ports = [server_port + n for n in range(num_servers)] if server_port else drawn[1:]
+  elif not orchestrator_port or not (server_port or server_urls):
+    raise NotStarted(
+      f"orchestrator_port, server_port: expected set for role {role}, "
+      f"got {orchestrator_port}, {server_port}"
+    )
+  else:
+    ports = [server_port + n for n in range(num_servers)]
+  urls = tuple(server_urls) or tuple(f"http://{host}:{port}" for port in ports)
+  checks.addresses(f"http://{host}:{orchestrator_port}", urls)
+  if listens:
+    launch.check_port_free(host, orchestrator_port)
+  for port in ports if role == "all" and not server_urls else ():
+    launch.check_port_free(host, port)
+  return orchestrator_port, urls
 
 
-def free_port(host: str) -> int:
-  """A port that nothing listens on now."""
-  with socket.socket() as probe:
-    probe.bind((host, 0))
-    return probe.getsockname()[1]
+def _orchestrator_main(shared: Shared, main: Main, config_text: str) -> Main:
+  """Keeps the configuration first, where `all` has not: of the roles there is one orchestrator."""
+
+  def start() -> None:
+    config = shared.run_dir / "config.gin"
+    if not config.exists():
+      shared.run_dir.mkdir(parents=True, exist_ok=True)
+      config.write_text(config_text)
+    main()
+
+  return start
 
 
 def _exec(command: Sequence[str]) -> Main:

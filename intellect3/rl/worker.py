@@ -4,14 +4,18 @@
 (`num_workers` 0), the worker role in one of its own.
 """
 
+import logging
 import pathlib
 from collections.abc import Callable, Iterable
 
 from intellect3 import types
 from intellect3.inference import client, transport
-from intellect3.rl.roles import NotStarted, Shared
+from intellect3.rl import checks
+from intellect3.rl.roles import Shared
 from intellect3.rollouts import conversation, messages
 from intellect3.rollouts import worker as worker_lib
+
+logger = logging.getLogger(__name__)
 
 
 def worker(
@@ -36,10 +40,21 @@ def worker(
     retries: failures in a row that a generation survives.
     backoff_seconds: before the first retry; doubles.
     timeout_seconds: for one request.
+
+  Raises:
+    NotStarted: a parameter is not fit.
   """
-  for field, value in (("max_new_tokens", max_new_tokens), ("max_tokens", max_tokens)):
-    if value < 1:
-      raise NotStarted(f"worker.{field}: expected at least 1, got {value}")
+  for field, value, least in (
+    ("max_new_tokens", max_new_tokens, 1),
+    ("max_tokens", max_tokens, 1),
+    ("max_concurrency", max_concurrency, 1),
+    ("retries", retries, 0),
+  ):
+    checks.integer(f"worker.{field}", value, least)
+  checks.number("worker.backoff_seconds", backoff_seconds, 0)
+  checks.number("worker.timeout_seconds", timeout_seconds, 0, above=True)
+
+  environments = ", ".join(sorted(shared.environments))
 
   def make(send: Callable[[messages.FromWorker], None]) -> worker_lib.Worker:
     http = transport.HttpTransport()
@@ -69,7 +84,12 @@ def worker(
         version=lambda: version[0],
       )
 
+    async def release() -> None:
+      await http.close()
+      logger.info("%s ends", name)
+
     name = f"worker_{index}"
+    logger.info("%s starts: %s, orchestrator %s", name, environments, shared.orchestrator_url)
     return worker_lib.Worker(
       name,
       environments=shared.environments,
@@ -78,7 +98,7 @@ def worker(
       send=send,
       log_dir=shared.log_dir,
       version_changed=set_version,
-      release=http.close,
+      release=release,
       write_sample=_sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt"),
     )
 
