@@ -1,12 +1,13 @@
 """What a finished run amounts to: `summary.json` and `curves.png`, made from its metrics files.
 
-Run by the supervisor at the end; `summarize` also works on the directory of a run that goes on or
-was broken off.
+Run by the supervisor at the end; `python -m intellect3.summary RUN` does it for a run whose roles
+were started one by one, that goes on, or that was broken off (`wall_seconds` is the trainer's).
 """
 
 import json
 import pathlib
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from intellect3 import telemetry
 
 REWARD_WINDOW = 20
 """Steps over which `reward_end` is averaged."""
+
+MISMATCH_FLOOR = 1e-6
+"""Least mismatch KL drawn: what is below, as on an on-policy step, is rounding."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -117,18 +121,22 @@ def draw_curves(run_dir: pathlib.Path, path: pathlib.Path) -> None:
     reward.legend(loc="lower right")
   reward.set_title("Reward, and how far the policy that sampled was from the one that learned")
 
-  _line(mismatch, trainer, "mismatch_kl", color="tab:red", linewidth=1)
-  if any(value > 0 for value in _column(trainer, "mismatch_kl")):
+  steps, values = _series(trainer, "mismatch_kl")
+  mismatch.plot(steps, [max(v, MISMATCH_FLOOR) for v in values], color="tab:red", linewidth=1)
+  if values:
     mismatch.set_yscale("log")
+    mismatch.set_ylim(bottom=MISMATCH_FLOOR / 2)
   mismatch.set_ylabel("mismatch KL (nats)")
 
-  _line(staleness, orchestrator, "staleness_mean", color="tab:green", label="mean")
-  _line(staleness, orchestrator, "staleness_max", color="tab:green", alpha=0.35, label="max")
+  steps, values = _series(orchestrator, "staleness_mean")
+  staleness.plot(steps, values, color="tab:green", alpha=0.25, linewidth=1, label="mean of a step")
+  staleness.plot(steps, _smooth(values), color="tab:green", label="mean of 10 steps")
+  _line(staleness, orchestrator, "staleness_max", color="0.4", linestyle=":", label="max of a step")
   staleness.set_ylabel("staleness (steps)")
   staleness.set_ylim(bottom=-0.1)
   staleness.set_xlabel("training step")
   if orchestrator:
-    staleness.legend(loc="upper right")
+    staleness.legend(loc="lower right", ncols=3)
   for axis in axes:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -198,3 +206,14 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 def _show(value: float | None, digits: int = 2) -> str:
   return "-" if value is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+  """Writes the summary of a run whose roles were started one by one."""
+  run_dir = pathlib.Path(sys.argv[1])
+  loop_seconds = sum(_column(_rows(run_dir, "trainer"), "loop_seconds"))
+  print(one_line(write(run_dir, loop_seconds)))
+
+
+if __name__ == "__main__":
+  main()

@@ -19,7 +19,11 @@ T = TypeVar("T")
 
 
 class ConversationFull(Exception):
-  """The next prompt leaves no room in the context. The rollout counts as truncated."""
+  """The next prompt leaves no room in the context.
+
+  An environment may catch it and score what there is, a truncated rollout; otherwise the attempt
+  has no reward and counts as errored.
+  """
 
 
 @dataclass(frozen=True)

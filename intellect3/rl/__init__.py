@@ -1,6 +1,7 @@
 """Composition root of reinforcement learning: the ring, closed. Each file is a process.
 
     roles         what the roles share; `run` checks a run whole and starts one role or all
+    checks        of a run's parameters, before anything starts
     trainer       batches -> steps -> published weights, checkpoints     (jax)
     orchestrator  what is attempted, batched and synced when             (no jax)
     worker        environments against the servers                      (no jax)

@@ -177,12 +177,15 @@ def platform() -> str:
   return jax.default_backend()
 
 
-def load(directory: str | os.PathLike[str], *, dtype: str | None) -> tuple[ModelConfig, Params]:
+def load(
+  directory: str | os.PathLike[str], *, dtype: str | None, param_dtype: str | None = None
+) -> tuple[ModelConfig, Params]:
   """Reads a model directory in Hugging Face's format.
 
   Args:
     directory: `config.json` and safetensors.
-    dtype: what to compute in; None keeps the configuration's own. The weights stay as stored.
+    dtype: what to compute in; None keeps the configuration's own.
+    param_dtype: what to hold the weights in; None keeps them as stored.
 
   Raises:
     ValueError: where the directory holds no model that this engine can serve.
@@ -192,7 +195,7 @@ def load(directory: str | os.PathLike[str], *, dtype: str | None) -> tuple[Model
     raise ValueError(f"Cannot find a config.json in `{path}`.")
   if not any(path.glob("*.safetensors")):
     raise ValueError(f"Cannot find any model weights with `{path}`.")
-  config, params = hf.load(path)
+  config, params = hf.load(path, dtype=param_dtype)
   return (config if dtype is None else dataclasses.replace(config, dtype=dtype)), params
 
 

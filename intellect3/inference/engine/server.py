@@ -75,7 +75,10 @@ def build(settings: Settings) -> Parts:
 
 
 def _prepare(device: Device, path: str, dtype: str | None) -> Any:
-  config, params = devices.load(path, dtype=dtype)
+  # Published weights may be of another dtype than the first ones (bfloat16 halves what travels).
+  config, params = devices.load(
+    path, dtype=dtype or device.config.dtype, param_dtype=device.config.param_dtype
+  )
   for field in dataclasses.fields(ModelConfig):
     served, given = getattr(device.config, field.name), getattr(config, field.name)
     if served != given:
