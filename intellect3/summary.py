@@ -8,7 +8,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from intellect3 import telemetry
@@ -131,7 +131,8 @@ def draw_curves(run_dir: pathlib.Path, path: pathlib.Path) -> None:
   steps, values = _series(orchestrator, "staleness_mean")
   staleness.plot(steps, values, color="tab:green", alpha=0.25, linewidth=1, label="mean of a step")
   staleness.plot(steps, _smooth(values), color="tab:green", label="mean of 10 steps")
-  _line(staleness, orchestrator, "staleness_max", color="0.4", linestyle=":", label="max of a step")
+  steps, values = _series(orchestrator, "staleness_max")
+  staleness.plot(steps, _smooth(values, reduce=max), color="0.4", ls=":", label="max of 10 steps")
   staleness.set_ylabel("staleness (steps)")
   staleness.set_ylim(bottom=-0.1)
   staleness.set_xlabel("training step")
@@ -186,10 +187,13 @@ def _line(axis: Any, rows: Rows, key: str, **style: Any) -> None:
   axis.plot(*_series(rows, key), **style)
 
 
-def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
-  return [
-    statistics.fmean(values[max(0, index - window + 1) : index + 1]) for index in range(len(values))
-  ]
+def _smooth(
+  values: Sequence[float],
+  window: int = 10,
+  reduce: Callable[[Sequence[float]], float] = statistics.fmean,
+) -> list[float]:
+  """`reduce` over the last `window` values, at each."""
+  return [reduce(values[max(0, index - window + 1) : index + 1]) for index in range(len(values))]
 
 
 def _mean(values: Sequence[float]) -> float | None:

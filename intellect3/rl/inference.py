@@ -28,7 +28,10 @@ def embedded_server(
     NotStarted: an option is not a flag of the engine, or its value is not fit.
   """
   options = _mapping("embedded_server", options)
-  command = launch.embedded_command(shared.model_path, _port(shared, index), **options)
+  host = urlparse(shared.server_urls[index]).hostname
+  command = launch.embedded_command(
+    shared.model_path, _port(shared, index), **{"host": host, **options}
+  )
   field = "inference.embedded_server.options"
   said = io.StringIO()
   try:
