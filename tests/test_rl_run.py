@@ -259,7 +259,12 @@ def test_pools_and_staleness_rules_fire_through_the_run(model, tmp_path, rule):
 @pytest.mark.parametrize(
   ("verify", "tensor", "reason"),
   [
-    (True, "model.norm.weight", "fingerprints of v_[0-9]+ differ from its manifest: model.norm.w"),
+    pytest.param(
+      True,
+      "model.norm.weight",
+      "fingerprints of v_[0-9]+ differ from its manifest: model.norm.w",
+      marks=pytest.mark.slow,
+    ),
     (False, "model.layers.1.mlp.experts.3.down_proj.weight", "canary"),
   ],
 )
@@ -311,7 +316,7 @@ def test_an_existing_run_is_not_overwritten(asynchronous, run_here):
   assert "a run is there already; give --resume" in error
 
 
-@pytest.mark.parametrize("name", ["trainer", "server_0"])
+@pytest.mark.parametrize("name", [pytest.param("trainer", marks=pytest.mark.slow), "server_0"])
 def test_a_child_that_dies_ends_the_run_and_is_named(model, tmp_path, name):
   out = tmp_path / "run"
   process = subprocess.Popen(
