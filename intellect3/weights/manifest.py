@@ -12,8 +12,6 @@ import os
 import pathlib
 import re
 import struct
-import threading
-import time
 import zlib
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -91,32 +89,6 @@ def read(weights_dir: str | os.PathLike[str], version: int) -> WeightsManifest:
   if manifest.version != version:
     raise ValueError(f"{path}: version: expected {version}, got {manifest.version}")
   return manifest
-
-
-def wait_for_version(
-  weights_dir: str | os.PathLike[str],
-  version: int,
-  *,
-  stop: threading.Event | None = None,
-  timeout_seconds: float | None = None,
-  interval_seconds: float = 0.05,
-) -> int | None:
-  """Waits until a version of at least `version` is published.
-
-  "At least", because the exact one may be pruned before it is seen.
-
-  Returns:
-    The newest version then; None when stopped or after `timeout_seconds`.
-  """
-  stop = stop or threading.Event()
-  deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-  while True:
-    newest = latest(weights_dir)
-    if newest is not None and newest >= version:
-      return newest
-    if stop.is_set() or (deadline is not None and time.monotonic() >= deadline):
-      return None
-    stop.wait(interval_seconds)
 
 
 def verify(directory: str | os.PathLike[str]) -> list[str]:

@@ -90,14 +90,6 @@ def prune(weights_dir: str | os.PathLike[str], *, keep: int) -> list[int]:
   return old
 
 
-def discard_after(weights_dir: str | os.PathLike[str], version: int) -> list[int]:
-  """Removes the versions newer than `version`, which a run resumed from there makes anew."""
-  root = pathlib.Path(weights_dir)
-  newer = [found for found in manifests.versions(root) if found > version]
-  _remove(root, newer)
-  return newer
-
-
 def _remove(root: pathlib.Path, versions: Sequence[int]) -> None:
   for version in versions:
     # Renamed first: nobody may see a version with half of its files.

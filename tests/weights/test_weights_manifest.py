@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-import threading
-import time
 
 import msgspec
 import numpy as np
@@ -66,19 +64,6 @@ def test_fingerprints_are_those_of_the_bytes(tmp_path):
   expected = {name: zlib.crc32(array.tobytes()) for name, array in tensors.items()}
   assert manifest.tensor_fingerprints(tmp_path / "t.safetensors") == expected
   assert manifest.tensor_dtypes(tmp_path / "t.safetensors") == {"x": "I16", "y": "F64"}
-
-
-def test_waiting_is_for_at_least_a_version(tmp_path):
-  _version(tmp_path, 3)
-  assert manifest.wait_for_version(tmp_path, 2, timeout_seconds=0.0) == 3
-  assert manifest.wait_for_version(tmp_path, 4, timeout_seconds=0.05) is None
-  threading.Timer(0.1, lambda: _version(tmp_path, 6)).start()
-  assert manifest.wait_for_version(tmp_path, 4, timeout_seconds=5.0) == 6
-  stop = threading.Event()
-  threading.Timer(0.1, stop.set).start()
-  begin = time.monotonic()
-  assert manifest.wait_for_version(tmp_path, 7, stop=stop) is None
-  assert time.monotonic() - begin < 1.0
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
