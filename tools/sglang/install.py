@@ -77,7 +77,7 @@ def install(directory: pathlib.Path, *, python: str, torch_index: str | None = N
   cuda = _quiet([str(inside), "-c", CUDA])
   if cuda.stdout.strip() != "None":
     raise InstallError(
-      f"torch: expected a CPU build, got one for CUDA {cuda.stdout.strip() or cuda.stderr.strip()}; "
+      f"torch: expected a CPU build, got one for CUDA {cuda.stdout.strip() or cuda.stderr}; "
       "remove the directory and name an index that has the CPU build with --torch-index"
     )
   _run([*pip, "--requirement", str(environment.PINS)], f"installing {_count(pins)} pins (minutes)")
