@@ -30,6 +30,7 @@ from tools.sglang import environment
 CPU_FLAGS = (
   *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
   *("--disable-overlap-schedule", "--skip-server-warmup", "--enable-metrics"),
+  "--sleep-on-idle",  # else an idle server burns a core
   *("--context-length", "1024", "--max-total-tokens", "16384", "--max-running-requests", "16"),
   *("--mem-fraction-static", "0.1", "--weight-version", "0"),
 )
