@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from intellect3.kernels import attention as kernel
+from intellect3.kernels.attention import attention
+from intellect3.kernels.paged_attention import paged_attention
 from intellect3.models import cache as kv
 from intellect3.models import layers
 from intellect3.models.config import ModelConfig
@@ -19,16 +20,16 @@ class Context(NamedTuple):
   """What every layer is told about the tokens.
 
   Attributes:
-    positions_BT: int32, position within the segment (with a cache: within the slot).
+    positions_BT: int32, position within the segment (with a cache: the sequence).
     segment_ids_BT: int32, 0 is padding.
     angles_BTR: float32, rotary angles.
-    slots_B: the cache slot of each row; None without a cache, or for row b in slot b.
+    tables_BW: the cache pages of each row's sequence; None without a cache.
   """
 
   positions_BT: jax.Array
   segment_ids_BT: jax.Array
   angles_BTR: jax.Array
-  slots_B: jax.Array | None
+  tables_BW: jax.Array | None
 
 
 class Attention(nn.Module):
@@ -53,32 +54,36 @@ class Attention(nn.Module):
     q_BTNH = layers.rotate(q_BTNH, context.angles_BTR)
     k_BTKH = layers.rotate(k_BTKH, context.angles_BTR)
 
+    scale = config.head_dim**-0.5
     if cache is None:
-      k_BSKH, v_BSKH = k_BTKH, v_BTKH
-      q_segments_BT = kv_segments_BS = context.segment_ids_BT
-      kv_positions_BS = context.positions_BT
+      segment_ids_BT = context.segment_ids_BT
+      out_BTNH = attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        q_positions_BT=context.positions_BT,
+        kv_positions_BS=context.positions_BT,
+        q_segment_ids_BT=segment_ids_BT,
+        kv_segment_ids_BS=segment_ids_BT,
+        scale=scale,
+        implementation=config.attention,
+      )
     else:
-      # A slot holds one sequence, whole from position 0: what a query may see follows from
-      # positions alone, and stale keys of an earlier tenant lie beyond its own position.
+      assert context.tables_BW is not None
       valid_BT = context.segment_ids_BT != 0
       cache = kv.write(
-        cache, layer, context.slots_B, context.positions_BT, valid_BT, k_BTKH, v_BTKH
+        cache, layer, context.tables_BW, context.positions_BT, valid_BT, k_BTKH, v_BTKH
       )
-      k_BSKH, v_BSKH = kv.read(cache, layer, context.slots_B)
-      q_segments_BT = valid_BT.astype(jnp.int32)
-      kv_segments_BS = jnp.ones(k_BSKH.shape[:2], jnp.int32)
-      kv_positions_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1]), k_BSKH.shape[:2])
-    out_BTNH = kernel.attention(
-      q_BTNH,
-      k_BSKH,
-      v_BSKH,
-      q_positions_BT=context.positions_BT,
-      kv_positions_BS=kv_positions_BS,
-      q_segment_ids_BT=q_segments_BT,
-      kv_segment_ids_BS=kv_segments_BS,
-      scale=config.head_dim**-0.5,
-      implementation=config.attention,
-    )
+      out_BTNH = paged_attention(
+        q_BTNH,
+        cache.k_LPKOH,
+        cache.v_LPKOH,
+        layer,
+        context.tables_BW,
+        positions_BT=context.positions_BT,
+        valid_BT=valid_BT,
+        scale=scale,
+      )
     output = layers.Projection(
       config,
       (config.embed_dim,),

@@ -1,8 +1,11 @@
-"""The key/value cache of incremental decoding.
+"""The key/value cache of incremental decoding, in pages.
 
 Place in the ring: the engine makes one at start, passes it to every model call and gets it back; it
 donates it to `jax.jit`, so that the update happens in place. It travels through the layers as an
 explicit scan carry: as a scanned Linen collection it would be copied whole for every token.
+
+A sequence owns pages, not a range: its page table says where each of its tokens lies, so sequences
+that begin alike can share pages, and memory is taken as they grow.
 """
 
 from typing import NamedTuple
@@ -14,63 +17,52 @@ from intellect3.models.config import ModelConfig
 
 
 class KVCache(NamedTuple):
-  """Keys (rotated) and values of every layer, slot and position.
+  """Keys (rotated) and values of every layer and page.
 
   Attributes:
-    k_LBSKH: [layers, slots, positions, kv heads, head dim], in the dtype of the computation.
-    v_LBSKH: the same for the values.
+    k_LPKOH: [layers, pages, kv heads, tokens of a page, head dim], in the dtype of the computation:
+      what one matrix product reads lies together.
+    v_LPKOH: the same for the values.
   """
 
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  k_LPKOH: jax.Array
+  v_LPKOH: jax.Array
 
 
-def init(config: ModelConfig, slots: int, length: int) -> KVCache:
-  """An empty cache of `slots` sequences of at most `length` positions."""
-  if slots < 1 or length < 1:
-    raise ValueError(f"cache: expected slots and length of at least 1, got {slots}, {length}")
-  shape = (config.num_layers, slots, length, config.num_kv_heads, config.head_dim)
+def init(config: ModelConfig, pages: int, page_size: int) -> KVCache:
+  """An empty cache of `pages` pages of `page_size` tokens each."""
+  if pages < 1 or page_size < 1:
+    raise ValueError(f"cache: expected pages and page_size of at least 1, got {pages}, {page_size}")
+  shape = (config.num_layers, pages, config.num_kv_heads, page_size, config.head_dim)
   return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def write(
   cache: KVCache,
   layer: jax.Array,
-  slots_B: jax.Array | None,
+  tables_BW: jax.Array,
   positions_BT: jax.Array,
   valid_BT: jax.Array,
   k_BTKH: jax.Array,
   v_BTKH: jax.Array,
 ) -> KVCache:
-  """Writes one layer's keys and values; invalid tokens and those beyond the end write nothing.
+  """Writes one layer's keys and values; invalid tokens and those beyond the table write nothing.
 
   Args:
     cache: the carry.
     layer: int scalar.
-    slots_B: the slot of each row; None means row b is slot b.
-    positions_BT: int [B, T], >= 0.
+    tables_BW: int [B, W], the pages of each row's sequence, in order.
+    positions_BT: int [B, T], >= 0, of the token in its sequence.
     valid_BT: bool [B, T].
     k_BTKH: [B, T, K, H].
     v_BTKH: [B, T, K, H].
   """
-  slots_B1 = _slots(cache, slots_B)[:, None]
-  positions_BT = jnp.where(valid_BT, positions_BT, cache.k_LBSKH.shape[2])
-  at = (layer, slots_B1, positions_BT)
+  pages, page_size = cache.k_LPKOH.shape[1], cache.k_LPKOH.shape[3]
+  index_BT = positions_BT // page_size
+  pages_BT = jnp.take_along_axis(tables_BW, index_BT, axis=1, mode="clip")
+  pages_BT = jnp.where(valid_BT & (index_BT < tables_BW.shape[1]), pages_BT, pages)
+  at = (layer, pages_BT, slice(None), positions_BT % page_size)
   return KVCache(
-    cache.k_LBSKH.at[at].set(k_BTKH.astype(cache.k_LBSKH.dtype), mode="drop"),
-    cache.v_LBSKH.at[at].set(v_BTKH.astype(cache.v_LBSKH.dtype), mode="drop"),
+    cache.k_LPKOH.at[at].set(k_BTKH.astype(cache.k_LPKOH.dtype), mode="drop"),
+    cache.v_LPKOH.at[at].set(v_BTKH.astype(cache.v_LPKOH.dtype), mode="drop"),
   )
-
-
-def read(
-  cache: KVCache, layer: jax.Array, slots_B: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """One layer's keys and values of the rows' slots: k_BSKH, v_BSKH."""
-  k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
-  if slots_B is None:
-    return k_BSKH, v_BSKH
-  return k_BSKH[slots_B], v_BSKH[slots_B]
-
-
-def _slots(cache: KVCache, slots_B: jax.Array | None) -> jax.Array:
-  return jnp.arange(cache.k_LBSKH.shape[1]) if slots_B is None else slots_B

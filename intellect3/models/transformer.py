@@ -92,31 +92,32 @@ class Transformer(nn.Module):
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     cache: KVCache | None = None,
-    slots_B: jax.Array | None = None,
+    tables_BW: jax.Array | None = None,
   ) -> Output:
     """Runs the decoder on packed rows, or on rows that continue the sequences of a cache.
 
     Args:
       tokens_BT: int32 [B, T], each in [0, V).
-      positions_BT: int32 [B, T], from 0 in each segment. With a cache: the position in the slot,
-        which must hold all earlier ones; the caller keeps it below the cache's length.
+      positions_BT: int32 [B, T], from 0 in each segment. With a cache: the position in the row's
+        sequence. All earlier ones must be in the cache or in this call: rows of one sequence may
+        follow each other in one call, since each layer writes all rows before it reads.
       segment_ids_BT: int32 [B, T], 0 for padding. Tokens of one id (per row) see each other; with
         a cache every other id means "valid".
       cache: None, or the carry; donate it to `jit` to have it updated in place.
-      slots_B: int32 [B], distinct, the slot of each row; None means B is the number of slots and
-        row b is slot b.
+      tables_BW: int32 [B, W], the cache pages of each row's sequence, in order; the caller keeps
+        positions below W pages. None without a cache.
 
     Returns:
       `Output`; hidden states in config.dtype. Padding's hidden states mean nothing.
 
     Raises:
-      ValueError: for an unknown remat policy, or slots that do not go with the rows or the cache.
+      ValueError: for an unknown remat policy, or page tables that do not go with rows or cache.
     """
     config = self.config
     if config.remat_policy not in REMAT_POLICIES:
       expected = tuple(REMAT_POLICIES)
       raise ValueError(f"remat_policy: expected one of {expected}, got {config.remat_policy!r}")
-    _check_slots(tokens_BT, cache, slots_B)
+    _check_tables(tokens_BT, cache, tables_BW)
     shape, axes, dtype = (
       (config.vocab_size, config.embed_dim),
       ("vocab", "embed"),
@@ -130,7 +131,7 @@ class Transformer(nn.Module):
     x_BTD = embedding_VD[tokens_BT].astype(config.dtype)
     x_BTD = nn.with_logical_constraint(x_BTD, layers.ACTIVATIONS_BTD)
     angles_BTR = layers.rotary_angles(config, positions_BT)
-    context = Context(positions_BT, segment_ids_BT, angles_BTR, slots_B)
+    context = Context(positions_BT, segment_ids_BT, angles_BTR, tables_BW)
 
     carry = (x_BTD, cache)
     batch, length = tokens_BT.shape
@@ -166,16 +167,14 @@ def _scanned(config: ModelConfig, length: int, *, remat: bool) -> Any:
   )
 
 
-def _check_slots(tokens_BT: Any, cache: KVCache | None, slots_B: Any) -> None:
-  rows = tokens_BT.shape[0]
-  if cache is None:
-    if slots_B is not None:
-      raise ValueError("slots_B: expected None without a cache, got an array")
-  elif slots_B is None:
-    if cache.k_LBSKH.shape[1] != rows:
-      raise ValueError(f"slots_B: expected one per row ({rows}), got None with another slot count")
-  elif slots_B.shape != (rows,):
-    raise ValueError(f"slots_B: expected shape {[rows]}, got {list(slots_B.shape)}")
+def _check_tables(tokens_BT: Any, cache: KVCache | None, tables_BW: Any) -> None:
+  if (cache is None) != (tables_BW is None):
+    have, miss = ("cache", "tables_BW") if tables_BW is None else ("tables_BW", "cache")
+    raise ValueError(f"{miss}: expected one to go with {have}, got None")
+  if tables_BW is not None and (tables_BW.ndim != 2 or tables_BW.shape[0] != tokens_BT.shape[0]):
+    raise ValueError(
+      f"tables_BW: expected [{tokens_BT.shape[0]}, pages], got {list(tables_BW.shape)}"
+    )
 
 
 def _load(experts_LBTA: jax.Array, valid_BT: jax.Array, num_experts: int) -> jax.Array:

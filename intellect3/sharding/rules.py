@@ -25,6 +25,22 @@ TRAIN_FSDP: Rules = (
 )
 """Parameters over `fsdp` (and `tensor`), experts over `expert`; rows over all three."""
 
+SERVE: Rules = (
+  ("vocab", "tensor"),
+  ("embed", None),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("head_dim", None),
+  ("mlp", "tensor"),
+  ("experts", "expert"),
+  ("layers", None),
+  ("act_batch", None),
+  ("act_length", None),
+  ("act_embed", None),
+)
+"""Heads, widths and vocabulary over `tensor`, experts over `expert`, the cache as its kv heads; rows
+are everywhere: a decode step is too small to be worth splitting by rows."""
+
 
 def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   """The partition of a tensor with these logical axes.

@@ -1,37 +1,27 @@
-"""Who runs at each step: the pure scheduling state of continuous batching. NumPy, no JAX, no clock.
+"""Who runs at each step: the scheduling state of continuous batching. NumPy, no JAX, no clock.
 
-A sequence waits in a queue, holds a slot of the cache while its prompt is prefilled in chunks and
-while it decodes, and leaves when it finishes. `plan` says what one step computes: at most one
-prefill call of the fixed shape [prefill_rows, prefill_chunk], and at most one decode call over all
-slots; `apply` takes their results. Shapes never depend on who runs, so nothing is compiled twice
-and a row's numbers do not depend on its neighbours (contract 10).
+A sequence waits in a queue, holds a slot and pages of the cache while its prompt is prefilled in
+chunks and while it decodes, and leaves when it finishes. `plan` says what one step computes: at
+most one prefill call of the fixed shape [prefill_rows, prefill_chunk] and at most one decode call
+over all slots, of several tokens each; `apply` takes their results. Shapes never depend on who
+runs, so nothing is compiled twice and a row's numbers do not depend on its neighbours (contract
+10). A prompt whose beginning is in the cache, or is about to be, is computed from there on.
 """
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
-import numpy as np
+from intellect3.inference.engine import results, rows, tenancy
+from intellect3.inference.engine.pages import Pages
+from intellect3.inference.engine.results import MatchStop
+from intellect3.inference.engine.rows import Chunk, Slots
+from intellect3.inference.engine.sequence import Sequence
+from intellect3.inference.engine.steps import Decode, Decoded, Prefill, Prefilled
 
-from intellect3.inference.engine.request import Request
-from intellect3.inference.engine.steps import (
-  PADDING_SEGMENT,
-  REAL_SEGMENT,
-  Decode,
-  Prefill,
-  Sampled,
-  Sampling,
-  empty_sampling,
-)
-
-
-class Chunk(NamedTuple):
-  """Which part of which sequence a prefill row holds: tokens [start, end)."""
-
-  sequence: "Running"
-  start: int
-  end: int
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
 class Plan(NamedTuple):
@@ -43,57 +33,36 @@ class Plan(NamedTuple):
     chunks: what its rows hold, first rows first.
     decode: the decode call, or None.
     decoding: the sequences it decodes, each at its slot.
+    resets: slots with the tokens that their new tenants have sampled, where penalties count them.
   """
 
   prefill: Prefill | None
   score: bool
   chunks: tuple[Chunk, ...]
   decode: Decode | None
-  decoding: tuple["Running", ...]
+  decoding: tuple[Sequence, ...]
+  resets: tuple[tuple[int, Seq[int]], ...] = ()
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Running:
-  """A request with its life: what it has sampled, where its cache is, when things happened.
+@dataclasses.dataclass
+class Counters:
+  """What was done since the start, in tokens unless said.
 
   Attributes:
-    request: what was asked.
-    seed: the request's own or the engine's choice.
-    received: wall clock, seconds.
-    slot: index of its cache, None while it waits.
-    cached: how many of its tokens (prompt, then output) are in the cache.
-    output_ids: sampled so far.
-    output_logprobs: of each sampled id.
-    input_logprobs: of prompt ids 1, 2, ... as far as they were scored.
-    spans: `[version, start, end]` over the output tokens.
-    finish: SGLang's finish reason, None while it lives.
-    retractions: how often it lost its cache and went back to the queue.
+    generated: sampled.
+    prompt: of requests that began to run.
+    cached: of those, found in the prefix cache.
+    prefilled: computed in prefill calls.
+    reprefilled: of those, computed once more after a retraction.
+    retractions: how often a sequence lost its cache.
   """
 
-  request: Request
-  seed: int
-  received: float
-  slot: int | None = None
+  generated: int = 0
+  prompt: int = 0
   cached: int = 0
-  output_ids: list[int] = dataclasses.field(default_factory=list)
-  output_logprobs: list[float] = dataclasses.field(default_factory=list)
-  input_logprobs: list[float] = dataclasses.field(default_factory=list)
-  spans: list[list[Any]] = dataclasses.field(default_factory=list)
-  finish: Mapping[str, Any] | None = None
+  prefilled: int = 0
+  reprefilled: int = 0
   retractions: int = 0
-  started: float | None = None
-  first_token: float | None = None
-  finished: float | None = None
-
-  @property
-  def length(self) -> int:
-    return len(self.request.input_ids) + len(self.output_ids)
-
-  @property
-  def wants_scores(self) -> bool:
-    """Whether prompt logprobs are still to be computed (they are kept over a retraction)."""
-    missing = len(self.input_logprobs) < len(self.request.input_ids) - 1
-    return self.request.logprob_start is not None and missing
 
 
 class Batcher:
@@ -103,27 +72,59 @@ class Batcher:
     self,
     *,
     slots: int,
+    pages: Pages,
+    context_length: int,
     prefill_rows: int,
     prefill_chunk: int,
+    decode_steps: int = 8,
     eos_token_ids: Iterable[int] = (),
+    deterministic: bool = False,
+    match_stop: MatchStop = lambda ids, strings: None,
   ):
+    """Makes an empty batcher.
+
+    Args:
+      slots: sequences that run at once.
+      pages: the cache; one sequence of full length must fit.
+      context_length: most tokens of a sequence.
+      prefill_rows: chunks that one prefill call computes.
+      prefill_chunk: tokens of each; divides the page size, so that a token lies at the same place
+        of its chunk whoever computes it.
+      decode_steps: most tokens that one decode call samples for each slot.
+      eos_token_ids: the model's own stop ids.
+      deterministic: pages are reserved for the whole generation, so that nothing is retracted for
+        want of memory, and only what prefill computed is shared: decode rounds differently.
+      match_stop: finds stop strings.
+    """
     for name, value in (
       ("slots", slots),
       ("prefill_rows", prefill_rows),
       ("prefill_chunk", prefill_chunk),
+      ("decode_steps", decode_steps),
     ):
       if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    self._rows, self._chunk = prefill_rows, prefill_chunk
+    if pages.page_size % prefill_chunk:
+      raise ValueError(
+        f"prefill_chunk: expected a divisor of page_size ({pages.page_size}), got {prefill_chunk}"
+      )
+    width = -(-context_length // pages.page_size)
+    if pages.count < width:
+      raise ValueError(
+        f"max_total_tokens: expected at least context_length ({context_length}), "
+        f"got {pages.count * pages.page_size}"
+      )
+    self.counters = Counters()
+    self.pages = pages
+    self._rows, self._chunk, self._steps = prefill_rows, prefill_chunk, decode_steps
     self._eos = frozenset(eos_token_ids)
-    self._waiting: collections.deque[Running] = collections.deque()
-    self._prefilling: list[Running] = []
-    self._decoding: list[Running] = []
+    self._deterministic, self._match_stop = deterministic, match_stop
+    self._waiting: collections.deque[Sequence] = collections.deque()
+    self._prefilling: list[Sequence] = []
+    self._decoding: list[Sequence] = []
     self._free = list(range(slots - 1, -1, -1))
-    self._tokens_S = np.zeros(slots, np.int32)
-    self._positions_S = np.zeros(slots, np.int32)
-    self._segments_S = np.full(slots, PADDING_SEGMENT, np.int32)
-    self._sampling_S = empty_sampling(slots)
+    self._slots = Slots(slots, width)
+    self._resets: list[tuple[int, Seq[int]]] = []
 
   @property
   def num_waiting(self) -> int:
@@ -139,16 +140,14 @@ class Batcher:
     return not (self._waiting or self._prefilling or self._decoding)
 
   def padding(self) -> tuple[Decode, Prefill]:
-    """Steps of the fixed shapes in which no row is real; they write nothing. For warm-up."""
-    slots = len(self._tokens_S)
-    zeros = np.zeros(slots, np.int32)
-    padding = np.full(slots, PADDING_SEGMENT, np.int32)
-    return Decode(zeros, zeros, padding, empty_sampling(slots)), self._prefill(())
+    """Calls of the fixed shapes in which no row is real; they write nothing. For warm-up."""
+    decode = self._slots.decode((), steps=1, quorum=0)
+    return decode, rows.prefill((), self._slots, rows=self._rows, length=self._chunk, stops=())
 
-  def add(self, sequence: Running) -> None:
+  def add(self, sequence: Sequence) -> None:
     self._waiting.append(sequence)
 
-  def abort(self, rid: str | None = None) -> list[Running]:
+  def abort(self, rid: str | None = None) -> list[Sequence]:
     """Ends the sequence of that name, or all; returns those that were ended."""
     chosen = [
       sequence
@@ -157,12 +156,7 @@ class Batcher:
       if rid is None or sequence.request.rid == rid
     ]
     for sequence in chosen:
-      sequence.finish = {
-        "type": "abort",
-        "message": "Aborted",
-        "status_code": None,
-        "err_type": None,
-      }
+      sequence.finish = ABORTED
       if sequence.slot is None:
         self._waiting.remove(sequence)
       else:
@@ -174,152 +168,194 @@ class Batcher:
     arrival, with what they have sampled. Returns how many."""
     running = sorted((*self._prefilling, *self._decoding), key=lambda sequence: sequence.received)
     for sequence in reversed(running):
-      self._release(sequence)
-      sequence.cached = 0
-      sequence.retractions += 1
-      if sequence.wants_scores:
-        sequence.input_logprobs.clear()
-      self._waiting.appendleft(sequence)
+      self._retract(sequence)
     return len(running)
 
+  def forget_prefixes(self) -> None:
+    """No later sequence finds what was computed so far; those that run keep their pages."""
+    self.pages.clear()
+
   def plan(self) -> Plan | None:
-    """Admits waiting sequences to free slots and says what the next step computes."""
-    while self._free and self._waiting:
-      sequence = self._waiting.popleft()
-      sequence.slot = self._free.pop()
-      self._prefilling.append(sequence)
-    chunks = tuple(
-      Chunk(sequence, sequence.cached, min(sequence.cached + self._chunk, sequence.length))
-      for sequence in self._prefilling[: self._rows]
-    )
-    if not chunks and not self._decoding:
+    """Admits waiting sequences and says what the next step computes."""
+    while self._free and self._waiting and self._admit(self._waiting[0]):
+      self._waiting.popleft()
+    # While prompts are computed, decoding goes on in short calls between them.
+    steps = max(1, self._steps // 4) if self._prefilling else self._steps
+    decoding = self._grow(steps)
+    chunks = self._chunks()
+    if not chunks and not decoding:
       return None
+    prefill = None
+    if chunks:
+      stops = [self._stops(chunk.sequence) for chunk in chunks]
+      prefill = rows.prefill(
+        chunks, self._slots, rows=self._rows, length=self._chunk, stops=stops
+      )
+    score = any(chunk.sequence.wants_scores for chunk in chunks)
     decode = None
-    if self._decoding:
-      decode = Decode(self._tokens_S, self._positions_S, self._segments_S, self._sampling_S)
-    return Plan(
-      prefill=self._prefill(chunks) if chunks else None,
-      score=any(chunk.sequence.wants_scores for chunk in chunks),
-      chunks=chunks,
-      decode=decode,
-      decoding=tuple(self._decoding),
-    )
+    if decoding:
+      # With others waiting for a slot, a call ends when a quarter of its sequences has.
+      quorum = -(-3 * len(decoding) // 4) if self._waiting else 1
+      decode = self._slots.decode(decoding, steps=steps, quorum=quorum)
+    resets, self._resets = tuple(self._resets), []
+    return Plan(prefill, score, chunks, decode, tuple(decoding), resets)
 
   def apply(
     self,
     plan: Plan,
-    prefilled: Sampled | None,
-    decoded: Sampled | None,
+    prefilled: Prefilled | None,
+    decoded: Decoded | None,
     *,
     version: str,
     now: float,
-  ) -> list[Running]:
+  ) -> list[Sequence]:
     """Takes the results of `plan`; returns the sequences that it finished.
 
     Args:
       plan: of the last call of `plan`, with nothing done in between.
       prefilled: rows of `plan.prefill`.
-      decoded: rows are slots.
+      decoded: columns are slots.
       version: of the weights that computed both.
       now: wall clock, seconds.
     """
-    done: list[Running] = []
+    done: list[Sequence] = []
+
+    def extend(sequence: Sequence, tokens: Seq[int], logprobs: Seq[float], top: Seq) -> None:
+      self.counters.generated += results.extend(
+        sequence,
+        tokens,
+        logprobs,
+        top,
+        stops=self._stops(sequence),
+        match_stop=self._match_stop,
+        version=version,
+        now=now,
+      )
+      if sequence.finish is not None:
+        done.append(sequence)
+
     if decoded is not None:
-      tokens, logprobs = decoded.tokens_R.tolist(), decoded.logprobs_R.tolist()
+      tokens, logprobs = decoded.tokens_NS.T.tolist(), decoded.logprobs_NS.T.tolist()
+      lengths = decoded.lengths_S.tolist()
       for sequence in plan.decoding:
         slot = sequence.slot
         assert slot is not None
-        sequence.cached += 1
-        if self._append(sequence, tokens[slot], logprobs[slot], version, now):
-          done.append(sequence)
+        count = lengths[slot]
+        sequence.cached += count
+        if decoded.experts_NLSA is not None:
+          sequence.experts.append(decoded.experts_NLSA[:count, :, slot].copy())
+        top = results.alternatives(decoded.top, sequence, slice(count), slot)
+        extend(sequence, tokens[slot][:count], logprobs[slot], top)
     if prefilled is not None:
       tokens, logprobs = prefilled.tokens_R.tolist(), prefilled.logprobs_R.tolist()
       for row, chunk in enumerate(plan.chunks):
         sequence = chunk.sequence
-        sequence.started = sequence.started or now
-        if prefilled.input_logprobs_RT is not None and sequence.wants_scores:
-          scored = min(chunk.end, len(sequence.request.input_ids) - 1) - chunk.start
-          sequence.input_logprobs += prefilled.input_logprobs_RT[row, : max(scored, 0)].tolist()
-        sequence.cached = chunk.end
+        self._count(chunk, now)
+        results.take_chunk(chunk, prefilled, row)
+        tenancy.keep_experts(sequence, self.pages)
         if chunk.end < sequence.length:
           continue
         self._prefilling.remove(sequence)
         self._decoding.append(sequence)
-        if self._append(sequence, tokens[row], logprobs[row], version, now):
-          done.append(sequence)
+        self._slots.start(sequence, self._stops(sequence))
+        top = results.alternatives(prefilled.top, sequence, slice(row, row + 1))
+        extend(sequence, [tokens[row]], [logprobs[row]], top)
     for sequence in done:
       sequence.finished = now
       self._release(sequence)
     return done
 
-  def _append(
-    self, sequence: Running, token: int, logprob: float, version: str, now: float
-  ) -> bool:
-    """Adds one sampled token; returns whether it ends the sequence (SGLang's order of rules)."""
-    request, output = sequence.request, sequence.output_ids
-    if sequence.first_token is None:
-      sequence.first_token = now
-    if request.max_new_tokens == 0:
-      sequence.spans.append([version, 0, 0])
-      sequence.finish = {"type": "length", "length": 0}
-      return True
-    output.append(token)
-    sequence.output_logprobs.append(logprob)
-    if sequence.spans and sequence.spans[-1][0] == version:
-      sequence.spans[-1][2] = len(output)
-    else:
-      sequence.spans.append([version, len(output) - 1, len(output)])
-    if len(output) >= request.max_new_tokens:
-      sequence.finish = {"type": "length", "length": len(output)}
-      return True
-    if not request.ignore_eos and (token in self._eos or token in request.stop_token_ids):
-      sequence.finish = {"type": "stop", "matched": token}
-      return True
-    slot = sequence.slot
-    self._tokens_S[slot] = token
-    self._positions_S[slot] = sequence.length - 1
-    self._segments_S[slot] = REAL_SEGMENT
-    _set_sampling(self._sampling_S, slot, sequence)
-    return False
+  def _count(self, chunk: Chunk, now: float) -> None:
+    sequence, start, end = chunk
+    if sequence.started is None:
+      sequence.started = now
+      self.counters.prompt += len(sequence.request.input_ids)
+      self.counters.cached += sequence.cached_tokens
+    self.counters.prefilled += end - start
+    self.counters.reprefilled += max(0, min(end, sequence.lost) - start)
 
-  def _release(self, sequence: Running) -> None:
+  def _admit(self, sequence: Sequence) -> bool:
+    """Gives a sequence a slot and pages; False where there are too few."""
+    request = sequence.request
+    length, spare = sequence.length + 1, self.num_running
+    if self._deterministic:
+      length, spare = len(request.input_ids) + request.max_new_tokens, 0
+    if not tenancy.move_in(sequence, self.pages, length=length, spare=spare):
+      return False
+    sequence.slot = self._free.pop()
+    self._slots.set_table(sequence.slot, sequence.pages)
+    self._prefilling.append(sequence)
+    if request.penalizes:
+      self._resets.append((sequence.slot, tuple(sequence.output_ids)))
+    return True
+
+  def _chunks(self) -> tuple[Chunk, ...]:
+    """What the next prefill call computes: in order of arrival, as many rows as each can fill."""
+    chunks: list[Chunk] = []
+    for sequence in self._prefilling:
+      if len(chunks) == self._rows:
+        break
+      if not tenancy.pass_shared(sequence, self.pages):
+        continue
+      if not (sequence.retractions or sequence.started):
+        sequence.cached_tokens = sequence.cached
+      start = sequence.cached
+      while start < sequence.length and len(chunks) < self._rows:
+        end = min(start + self._chunk, sequence.length)
+        chunks.append(Chunk(sequence, start, end))
+        start = end
+      tenancy.announce(sequence, start, self.pages)
+    return tuple(chunks)
+
+  def _grow(self, steps: int) -> list[Sequence]:
+    """Sees that every decoding sequence has pages for its next tokens; where there are none left,
+    the youngest go back to the queue. Returns those that decode."""
+    size = self.pages.page_size
+    for sequence in list(self._decoding):
+      if sequence.slot is None:
+        continue
+      wanted = min(steps, sequence.request.max_new_tokens - len(sequence.output_ids))
+      last = sequence.length - 1 + wanted
+      while len(sequence.pages) * size < last:
+        taken = self.pages.take(1)
+        if taken is not None:
+          sequence.pages += taken
+          self._slots.set_table(sequence.slot, sequence.pages)
+        elif len(sequence.pages) * size >= sequence.length:
+          break  # enough for one token at least
+        else:
+          youngest = max((*self._decoding, *self._prefilling), key=lambda s: s.received)
+          self._retract(youngest)
+          if youngest is sequence:
+            break
+      if sequence.slot is not None:
+        room = len(sequence.pages) * size - (sequence.length - 1)
+        self._slots.advance(sequence, min(wanted, room))
+    return self._decoding
+
+  def _stops(self, sequence: Sequence) -> frozenset[int]:
+    own = sequence.request.stop_token_ids
+    return self._eos | own if own else self._eos
+
+  def _retract(self, sequence: Sequence) -> None:
+    sequence.lost = max(sequence.lost, sequence.cached)
+    self._release(sequence)
+    sequence.cached = 0
+    sequence.experts.clear()
+    sequence.retractions += 1
+    self.counters.retractions += 1
+    if sequence.wants_scores:
+      sequence.input_logprobs.clear()
+      sequence.input_top.clear()
+    self._waiting.appendleft(sequence)
+
+  def _release(self, sequence: Sequence) -> None:
+    """Takes slot and pages back."""
     slot = sequence.slot
     assert slot is not None
     group = self._decoding if sequence in self._decoding else self._prefilling
     group.remove(sequence)
-    self._segments_S[slot] = PADDING_SEGMENT
+    tenancy.move_out(sequence, self.pages, share_sampled=not self._deterministic)
+    self._slots.clear(slot)
     self._free.append(slot)
     sequence.slot = None
-
-  def _prefill(self, chunks: Sequence[Chunk]) -> Prefill:
-    shape = (self._rows, self._chunk)
-    prefill = Prefill(
-      tokens_RT=np.zeros(shape, np.int32),
-      positions_RT=np.zeros(shape, np.int32),
-      segments_RT=np.full(shape, PADDING_SEGMENT, np.int32),
-      targets_RT=np.zeros(shape, np.int32),
-      slots_R=np.zeros(self._rows, np.int32),
-      last_R=np.zeros(self._rows, np.int32),
-      sampling=empty_sampling(self._rows),
-    )
-    for row, (sequence, start, end) in enumerate(chunks):
-      prompt, count = sequence.request.input_ids, end - start
-      # The tokens of a retracted sequence are its prompt and what it has sampled.
-      tokens = prompt[start:end]
-      if end > len(prompt):
-        tokens = [*tokens, *sequence.output_ids[max(start - len(prompt), 0) : end - len(prompt)]]
-      prefill.tokens_RT[row, :count] = tokens
-      prefill.positions_RT[row, :count] = np.arange(start, end)
-      prefill.segments_RT[row, :count] = REAL_SEGMENT
-      targets = prompt[start + 1 : end + 1]
-      prefill.targets_RT[row, : len(targets)] = targets
-      prefill.slots_R[row] = sequence.slot
-      prefill.last_R[row] = count - 1
-      _set_sampling(prefill.sampling, row, sequence)
-    return prefill
-
-
-def _set_sampling(sampling: Sampling, row: int | None, sequence: Running) -> None:
-  sampling.seeds_R2[row] = (sequence.seed >> 32, sequence.seed & 0xFFFF_FFFF)
-  sampling.positions_R[row] = len(sequence.output_ids)
-  sampling.temperatures_R[row] = sequence.request.temperature

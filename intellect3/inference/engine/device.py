@@ -1,151 +1,136 @@
-"""The two compiled functions of the engine, prefill and decode, over the trainer's own model.
+"""The weights and the cache where they live, and the compiled functions over them.
 
-Each is compiled once, before the server says it is healthy: one decode shape [slots, 1] and one
-prefill shape [prefill_rows, prefill_chunk], the latter also in a variant that scores its inputs.
-The cache is donated to every call and comes back updated. Weights are arguments, so that a swap
-compiles nothing. Sampling happens inside the calls; only ids and logprobs come back to the host.
+Everything is compiled once, before the server says it is healthy: one decode shape, one prefill
+shape in a variant with and one without scores of its inputs. Weights are arguments, so that a swap
+compiles nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import time
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from intellect3.inference.engine import programs
 from intellect3.inference.engine.batcher import Plan
-from intellect3.inference.engine.steps import Decode, Prefill, Sampled, Sampling
-from intellect3.losses.logprobs import chunked_logprobs
+from intellect3.inference.engine.programs import Shape, State
+from intellect3.inference.engine.steps import Decode, Decoded, Prefill, Prefilled
 from intellect3.models import cache as kv_cache
 from intellect3.models import hf, transformer
 from intellect3.models.config import ModelConfig
-
-SCORE_CHUNK_SIZE = 512
+from intellect3.sharding import mesh as meshes
+from intellect3.sharding import rules, specs
 
 Params = Any
 
-
-def sample(logits_RV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-  """Samples one id per row from `softmax(logits / temperature)`; temperature 0 is greedy.
-
-  The key of a row is `fold_in(seed, position)`: it depends on nothing but the request and how many
-  tokens it has sampled, so neither on its slot nor on its neighbours.
-
-  Args:
-    logits_RV: float32 [R, V].
-    sampling: seeds [R, 2], positions [R], temperatures [R].
-
-  Returns:
-    ids int32 [R] and their logprobs float32 [R] under the temperature-scaled full softmax (greedy
-    rows: temperature 1).
-  """
-  greedy_R = sampling.temperatures_R == 0
-  scaled_RV = logits_RV / jnp.where(greedy_R, 1, sampling.temperatures_R)[:, None]
-  keys_R = jax.vmap(jax.random.fold_in)(
-    jax.random.wrap_key_data(sampling.seeds_R2, impl="threefry2x32"), sampling.positions_R
-  )
-  noise_RV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_RV.shape[1:]))(keys_R)
-  ids_R = jnp.argmax(scaled_RV + jnp.where(greedy_R[:, None], 0, noise_RV), axis=1)
-  chosen_R = jnp.take_along_axis(scaled_RV, ids_R[:, None], axis=1)[:, 0]
-  return ids_R.astype(jnp.int32), chosen_R - jax.nn.logsumexp(scaled_RV, axis=1)
-
-
-def _logits(hidden_RD: jax.Array, head_DV: jax.Array) -> jax.Array:
-  return jnp.dot(hidden_RD, head_DV.astype(hidden_RD.dtype), preferred_element_type=jnp.float32)
-
-
-def decode_step(
-  config: ModelConfig, params: Params, cache: kv_cache.KVCache, step: Decode
-) -> tuple[kv_cache.KVCache, Sampled]:
-  """One token for every slot. Pure; the cache is to be donated."""
-  output: Any = transformer.Transformer(config).apply(
-    {"params": params},
-    step.tokens_S[:, None],
-    step.positions_S[:, None],
-    step.segments_S[:, None],
-    cache=cache,
-  )
-  logits_SV = _logits(output.hidden_BTD[:, 0], transformer.head(params, config))
-  return output.cache, Sampled(*sample(logits_SV, step.sampling))
-
-
-def prefill_step(
-  config: ModelConfig, score: bool, params: Params, cache: kv_cache.KVCache, step: Prefill
-) -> tuple[kv_cache.KVCache, Sampled]:
-  """A chunk of prompt for every row, and a sample after each chunk's last token. Pure."""
-  output: Any = transformer.Transformer(config).apply(
-    {"params": params},
-    step.tokens_RT,
-    step.positions_RT,
-    step.segments_RT,
-    cache=cache,
-    slots_B=step.slots_R,
-  )
-  head_DV = transformer.head(params, config)
-  hidden_RTD = output.hidden_BTD
-  last_RD = jnp.take_along_axis(hidden_RTD, step.last_R[:, None, None], axis=1)[:, 0]
-  ids_R, logprobs_R = sample(_logits(last_RD, head_DV), step.sampling)
-  scores_RT = None
-  if score:
-    scores_N, _ = chunked_logprobs(
-      hidden_RTD.reshape(-1, hidden_RTD.shape[-1]),
-      head_DV,
-      step.targets_RT.reshape(-1),
-      temperature_N=jnp.ones(step.targets_RT.size, jnp.float32),
-      chunk_size=SCORE_CHUNK_SIZE,
-    )
-    scores_RT = scores_N.reshape(step.targets_RT.shape)
-  return output.cache, Sampled(ids_R, logprobs_R, scores_RT)
+MEMORY_TAGS = ("kv_cache", "weights")
 
 
 class Device:
-  """The weights and the cache where they live, and the compiled functions over them."""
+  """Owns weights and cache; the engine's thread calls it, but `prepare` may run beside it."""
 
-  def __init__(self, config: ModelConfig, params: Params, *, slots: int, context_length: int):
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Params,
+    *,
+    slots: int,
+    pages: int,
+    page_size: int,
+    context_length: int,
+    shape: Shape,
+    tensor_parallel: int = 1,
+  ):
     """Places weights and an empty cache.
 
+    Args:
+      config: of the model.
+      params: its weights.
+      slots: sequences that decode at once.
+      pages: of the cache.
+      page_size: tokens of each.
+      context_length: most tokens of a sequence.
+      shape: what is compiled in.
+      tensor_parallel: devices over which weights and cache are split by the `SERVE` rules.
+
     Raises:
-      ValueError: where the context is longer than the model's positions.
+      ValueError: where the context is longer than the model's positions, or the model does not
+        divide by the devices, or there are too few.
     """
     if not 1 < context_length <= config.max_positions:
       raise ValueError(
         f"context_length: expected 2 to {config.max_positions} (the model's max_positions), "
         f"got {context_length}"
       )
-    self.config = config
-    self._params = jax.device_put(params)
-    self._cache = kv_cache.init(config, slots, context_length)
-    self._decode: Any = jax.jit(functools.partial(decode_step, config), donate_argnums=(1,))
+    devices = jax.devices()
+    if not 1 <= tensor_parallel <= len(devices):
+      raise ValueError(f"tp_size: expected 1 to {len(devices)} (devices), got {tensor_parallel}")
+    self.config, self.shape = config, shape
+    self._mesh = meshes.make_mesh(tensor=tensor_parallel, devices=devices[:tensor_parallel])
+    shapes, axes = transformer.abstract(config)
+    self._shardings = specs.tree_shardings(axes, shapes, self._mesh, rules.SERVE)
+    self._params = jax.device_put(params, self._shardings)
+    self._slots, self._pages, self._page_size = slots, pages, page_size
+    kv_axis = dict(rules.SERVE)["kv_heads"]
+    by_heads, everywhere = (
+      NamedSharding(self._mesh, PartitionSpec(*axes)) for axes in ((None, None, kv_axis), ())
+    )
+    self._state_shardings = State(kv_cache.KVCache(by_heads, by_heads), everywhere)
+    self._state: State | None = self._empty_state()
+    self._host_params: Params | None = None
+    # The state leaves every call as it came: else the next one would be compiled anew.
+    jit = functools.partial(
+      jax.jit, donate_argnums=(1,), out_shardings=(self._state_shardings, everywhere)
+    )
+    self._decode: Any = jit(functools.partial(programs.decode, config, shape))
     self._prefill: dict[bool, Any] = {
-      score: jax.jit(functools.partial(prefill_step, config, score), donate_argnums=(1,))
+      score: jit(functools.partial(programs.prefill, config, shape, score))
       for score in (False, True)
     }
+    self._reset_counts: Any = jax.jit(
+      programs.reset_counts, donate_argnums=(0,), out_shardings=self._state_shardings
+    )
 
   @property
   def compiled(self) -> int:
     """How many executables exist; constant after the warm-up."""
-    return sum(fn._cache_size() for fn in (self._decode, *self._prefill.values()))
+    functions = (self._decode, *self._prefill.values(), self._reset_counts)
+    return sum(function._cache_size() for function in functions)
 
   def warm_up(self, decode: Decode, prefill: Prefill) -> float:
-    """Compiles everything by running it on steps that write nothing; returns the seconds."""
+    """Compiles everything by running it on calls that write nothing; returns the seconds."""
     began = time.perf_counter()
     for score in (False, True):
-      self.run(Plan(prefill, score, (), decode, ()))
+      self.run(Plan(prefill, score, (), decode, (), ((0, ()),)))
     return time.perf_counter() - began
 
-  def run(self, plan: Plan) -> tuple[Sampled | None, Sampled | None]:
+  def run(self, plan: Plan) -> tuple[Prefilled | None, Decoded | None]:
     """Computes a step: both halves are dispatched, then one transfer brings both results."""
+    assert self._state is not None and self._params is not None
     prefilled = decoded = None
-    if plan.prefill is not None:
-      prefill = self._prefill[plan.score]
-      self._cache, prefilled = prefill(self._params, self._cache, plan.prefill)
-    if plan.decode is not None:
-      self._cache, decoded = self._decode(self._params, self._cache, plan.decode)
+    with self._on_mesh():
+      for slot, sampled in plan.resets:
+        counts_V = np.bincount(np.asarray(sampled, np.int64), minlength=self.config.vocab_size)
+        self._state = self._reset_counts(self._state, np.int32(slot), counts_V.astype(np.int32))
+      if plan.prefill is not None:
+        call = self._prefill[plan.score]
+        self._state, prefilled = call(self._params, self._state, plan.prefill)
+        if not plan.prefill.sampling.top:
+          prefilled = prefilled._replace(top=None, input_top=None)
+      if plan.decode is not None:
+        self._state, decoded = self._decode(self._params, self._state, plan.decode)
+        if not plan.decode.sampling.top:
+          decoded = decoded._replace(top=None)
     return jax.device_get((prefilled, decoded))
 
   def prepare(self, params: Params) -> Params:
@@ -154,18 +139,60 @@ class Device:
     Raises:
       ValueError: naming the first tensor that differs in name, shape or dtype.
     """
-    served = dict(jax.tree_util.tree_leaves_with_path(self._params))
+    shapes, _ = transformer.abstract(self.config)
+    served = dict(jax.tree_util.tree_leaves_with_path(shapes))
     given = dict(jax.tree_util.tree_leaves_with_path(params))
     for path in [*served, *(path for path in given if path not in served)]:
       name = jax.tree_util.keystr(path, simple=True, separator=".")
       expected, got = (_describe(tree.get(path)) for tree in (served, given))
       if expected != got:
         raise ValueError(f"{name}: expected {expected} as served, got {got}")
-    return jax.block_until_ready(jax.device_put(params))
+    return jax.block_until_ready(jax.device_put(params, self._shardings))
 
   def swap(self, params: Params) -> None:
     """Serves what `prepare` returned from the next step on."""
-    self._params = params
+    self._params, self._host_params = params, None
+
+  def host_params(self) -> Params:
+    """The served weights as NumPy arrays, for an update that brings only some of them."""
+    if self._host_params is not None:
+      return self._host_params
+    return jax.device_get(self._params)
+
+  def release(self, tags: Collection[str]) -> None:
+    """Frees the device's memory of the cache, of the weights, or of both. The cache's content is
+    lost; the weights wait in the host's memory. Nothing may run until `resume`."""
+    if "kv_cache" in tags:
+      self._state = None
+    if "weights" in tags and self._params is not None:
+      self._host_params, self._params = jax.device_get(self._params), None
+
+  def resume(self, tags: Collection[str]) -> None:
+    """Takes back what was released: an empty cache, and the weights as they were."""
+    if "kv_cache" in tags and self._state is None:
+      self._state = self._empty_state()
+    if "weights" in tags and self._host_params is not None:
+      self.swap(jax.device_put(self._host_params, self._shardings))
+
+  @property
+  def released(self) -> frozenset[str]:
+    """What is not there at the moment."""
+    missing = {"kv_cache": self._state is None, "weights": self._params is None}
+    return frozenset(tag for tag, gone in missing.items() if gone)
+
+  def _empty_state(self) -> State:
+    @functools.partial(jax.jit, out_shardings=self._state_shardings)
+    def make() -> State:
+      cache = kv_cache.init(self.config, self._pages, self._page_size)
+      return State(cache, jnp.zeros((self._slots, self.config.vocab_size), jnp.int32))
+
+    return make()
+
+  @contextlib.contextmanager
+  def _on_mesh(self) -> Iterator[None]:
+    table = rules.SERVE if self._mesh.size > 1 else ()
+    with jax.set_mesh(self._mesh), nn.logical_axis_rules(table):
+      yield
 
 
 def _describe(leaf: Any) -> str:

@@ -15,6 +15,17 @@ class Settings:
   slots: int
   prefill_rows: int
   prefill_chunk: int
+  decode_steps: int
+  page_size: int
+  max_total_tokens: int | None
+  tp_size: int
+  enable_deterministic_inference: bool
+  enable_return_routed_experts: bool
+  max_top_logprobs: int
+  incremental_streaming_output: bool
+  tool_call_parser: str | None
+  reasoning_parser: str | None
+  chat_template: str | None
   dtype: str | None
   queue_limit: int
   random_seed: int
@@ -37,8 +48,23 @@ def parse(arguments: list[str] | None = None) -> Settings:
   add("--host", default="127.0.0.1", help="address to listen on")
   add("--context-length", type=int, help="prompt and output together; None: the model's positions")
   add("--slots", type=int, default=64, help="requests that run at once")
-  add("--prefill-rows", type=int, default=16, help="prompts that one prefill call takes")
-  add("--prefill-chunk", type=int, default=64, help="tokens of each prompt that it takes")
+  add("--prefill-rows", type=int, default=16, help="prompt chunks that one prefill call takes")
+  add("--prefill-chunk", type=int, default=32, help="tokens of each; divides the page size")
+  add("--decode-steps", type=int, default=8, help="most tokens per request of one decode call")
+  add("--page-size", type=int, default=64, help="tokens of a cache page, the unit of sharing")
+  add("--max-total-tokens", type=int, help="size of the cache; None: slots times context length")
+  add("--tp-size", type=int, default=1, help="devices that the model is split over")
+  add(
+    "--enable-deterministic-inference",
+    action="store_true",
+    help="same seed, same bits: nothing depends on who else runs; reserves cache for whole requests",
+  )
+  add("--enable-return-routed-experts", action="store_true", help="allow return_routed_experts")
+  add("--max-top-logprobs", type=int, default=20, help="most top_logprobs_num of a request")
+  add("--incremental-streaming-output", action="store_true", help="streams send what is new")
+  add("--tool-call-parser", choices=("glm45",), help="how chat replies are searched for calls")
+  add("--reasoning-parser", choices=("glm45",), help="how thinking is told from the answer")
+  add("--chat-template", help="jinja file; None: the model directory's own")
   add("--dtype", choices=("float32", "bfloat16"), help="to compute in; None: the model's own")
   add("--queue-limit", type=int, default=4096, help="waiting requests before new ones get a 503")
   add("--random-seed", type=int, default=0, help="seeds requests that bring no sampling_seed")

@@ -20,12 +20,13 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from intellect3.inference.engine.batcher import Batcher, Plan, Running
+from intellect3.inference.engine.batcher import Batcher, Plan
 from intellect3.inference.engine.request import Request
-from intellect3.inference.engine.steps import Sampled
+from intellect3.inference.engine.sequence import Sequence
+from intellect3.inference.engine.steps import Decoded, Prefilled
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,30 @@ PAUSE_MODES = ("abort", "in_place", "retract")
 class StepDevice(Protocol):
   """What the loop needs of `device.Device`."""
 
-  def run(self, plan: Plan) -> tuple[Sampled | None, Sampled | None]: ...
+  def run(self, plan: Plan) -> tuple[Prefilled | None, Decoded | None]: ...
 
   def swap(self, params: Any) -> None: ...
+
+  def release(self, tags: Collection[str]) -> None: ...
+
+  def resume(self, tags: Collection[str]) -> None: ...
+
+  @property
+  def released(self) -> frozenset[str]: ...
+
+
+class Event(NamedTuple):
+  """What became of a sequence in a step.
+
+  Attributes:
+    sequence: only to be read, up to `length` of its output.
+    length: tokens sampled so far.
+    finished: whether it is at its end; progress before that is told only of streamed requests.
+  """
+
+  sequence: Sequence
+  length: int
+  finished: bool
 
 
 class Weights(NamedTuple):
@@ -78,7 +100,7 @@ class Engine:
     weights: Weights,
     *,
     seed: int,
-    on_finished: Callable[[list[Running]], None],
+    on_events: Callable[[list[Event]], None],
     on_failure: Callable[[BaseException], None],
   ):
     """Makes an engine that does not run yet.
@@ -88,21 +110,22 @@ class Engine:
       batcher: empty.
       weights: what the device holds.
       seed: of the generator that gives seeds to requests without one.
-      on_finished: called on the engine's thread with what a step finished; must not block.
+      on_events: called on the engine's thread with what a step brought; must not block.
       on_failure: called on the engine's thread when it dies of an exception.
     """
     self.weights = weights
     self.paused = False
-    self.generated_tokens = 0
     self.steps = 0
+    self.prefill_calls = 0
+    self.decode_calls = 0
     self.last_step = time.monotonic()
     self._device, self._batcher = device, batcher
     self._seeds = random.Random(seed)
-    self._on_finished, self._on_failure = on_finished, on_failure
+    self._on_events, self._on_failure = on_events, on_failure
     self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     self._stopping = False
     self._update: _Update | None = None
-    self._held: list[Running] = []
+    self._held: list[Sequence] = []
     self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
   def start(self) -> None:
@@ -131,9 +154,33 @@ class Engine:
   def num_waiting(self) -> int:
     return self._batcher.num_waiting + len(self._held)
 
-  def submit(self, request: Request) -> Running:
-    """Queues a request; what comes of it is handed to `on_finished`."""
-    sequence = Running(request, seed=0, received=time.time())
+  def stats(self) -> dict[str, int | float]:
+    """Counters since the start and the state of the moment; read without a lock, so that figures
+    may be a step apart. Tokens unless the name says otherwise."""
+    counters, pages = self._batcher.counters, self._batcher.pages
+    size = pages.page_size
+    return {
+      "running_requests": self.num_running,
+      "waiting_requests": self.num_waiting,
+      "generated_tokens": counters.generated,
+      "prompt_tokens": counters.prompt,
+      "cached_tokens": counters.cached,
+      "prefilled_tokens": counters.prefilled,
+      "reprefilled_tokens": counters.reprefilled,
+      "retractions": counters.retractions,
+      "steps": self.steps,
+      "prefill_calls": self.prefill_calls,
+      "decode_calls": self.decode_calls,
+      "used_tokens": (pages.count - pages.available) * size,
+      "prefix_tokens": pages.unused * size,
+      "max_total_tokens": pages.count * size,
+      "paused": self.paused,
+      "updating": self.updating,
+    }
+
+  def submit(self, request: Request) -> Sequence:
+    """Queues a request; what comes of it is handed to `on_events`."""
+    sequence = Sequence(request, seed=0, received=time.time())
     self._inbox.put(lambda: self._submit(sequence))
     return sequence
 
@@ -152,8 +199,17 @@ class Engine:
     return self._call(self._resume)
 
   def flush_cache(self) -> "asyncio.Future[bool]":
-    """Whether nothing runs or waits, so that no cache is in use (there is none beyond that)."""
-    return self._call(lambda: self._batcher.idle)
+    """Forgets every prefix; False, and nothing is done, while requests run or wait."""
+    return self._call(self._flush_cache)
+
+  def release_memory(self, tags: Collection[str]) -> "asyncio.Future[None]":
+    """Frees the memory of the cache (`kv_cache`), the weights, or both; ValueError through the
+    future while requests hold cache. Nothing runs until `resume_memory`."""
+    return self._call(lambda: self._release_memory(tags))
+
+  def resume_memory(self, tags: Collection[str]) -> "asyncio.Future[None]":
+    """Takes back what `release_memory` freed; the cache comes back empty."""
+    return self._call(lambda: self._device.resume(tags))
 
   def update(
     self, params: Any, weights: Weights, *, flush_cache: bool, abort_running: bool
@@ -176,7 +232,14 @@ class Engine:
 
   def _call(self, fn: Callable[[], T]) -> "asyncio.Future[T]":
     done: concurrent.futures.Future[T] = _promise()
-    self._inbox.put(lambda: done.set_result(fn()))
+
+    def command() -> None:
+      try:
+        done.set_result(fn())
+      except ValueError as error:
+        done.set_exception(error)
+
+    self._inbox.put(command)
     return asyncio.wrap_future(done)
 
   # Everything below runs on the engine's thread.
@@ -186,15 +249,19 @@ class Engine:
       while not self._stopping:
         self._take_commands()
         self._finish_update()
-        plan = None if self.paused or self._stopping else self._batcher.plan()
+        plan = None if self._halted or self._stopping else self._batcher.plan()
         if plan is not None:
           self._step(plan)
     except BaseException as error:
       log.exception("the engine's thread died")
       self._on_failure(error)
 
+  @property
+  def _halted(self) -> bool:
+    return self.paused or bool(self._device.released)
+
   def _take_commands(self) -> None:
-    nothing_to_do = self._update is None and (self.paused or self._batcher.idle)
+    nothing_to_do = self._update is None and (self._halted or self._batcher.idle)
     try:
       command = self._inbox.get(block=nothing_to_do)
       while True:
@@ -209,10 +276,23 @@ class Engine:
       plan, prefilled, decoded, version=self.weights.version, now=time.time()
     )
     self.steps += 1
+    self.prefill_calls += plan.prefill is not None
+    self.decode_calls += plan.decode is not None
     self.last_step = time.monotonic()
-    if done:
-      self.generated_tokens += sum(len(sequence.output_ids) for sequence in done)
-      self._on_finished(done)
+    self._tell(plan, done)
+
+  def _tell(self, plan: Plan, done: list[Sequence]) -> None:
+    """Hands out what finished, and how far the streamed ones are."""
+    events = [Event(sequence, len(sequence.output_ids), True) for sequence in done]
+    touched = (*plan.decoding, *(chunk.sequence for chunk in plan.chunks))
+    streamed = {id(sequence): sequence for sequence in touched if sequence.request.stream}
+    events += [
+      Event(sequence, len(sequence.output_ids), False)
+      for sequence in streamed.values()
+      if sequence.finish is None and sequence.output_ids
+    ]
+    if events:
+      self._on_events(events)
 
   def _stop(self) -> None:
     self._stopping = True
@@ -236,7 +316,7 @@ class Engine:
     for sequence in ended:
       sequence.finished = now
     if ended:
-      self._on_finished(ended)
+      self._on_events([Event(sequence, len(sequence.output_ids), True) for sequence in ended])
     return len(ended)
 
   def _pause(self, mode: str) -> None:
@@ -248,6 +328,21 @@ class Engine:
 
   def _resume(self) -> None:
     self.paused = False
+
+  def _flush_cache(self) -> bool:
+    if not self._batcher.idle:
+      return False
+    self._batcher.forget_prefixes()
+    return True
+
+  def _release_memory(self, tags: Collection[str]) -> None:
+    if self._batcher.num_running:
+      raise ValueError(
+        f"release_memory_occupation: expected no running requests, got {self._batcher.num_running}"
+      )
+    # What was computed is gone with the cache, or with the weights that may come back changed.
+    self._batcher.forget_prefixes()
+    self._device.release(tags)
 
   def _begin_update(self, update: _Update) -> None:
     if update.abort_running:
@@ -267,6 +362,7 @@ class Engine:
       )
     else:
       self._device.swap(update.params)
+      self._batcher.forget_prefixes()
       self.weights = update.weights
       update.done.set_result(None)
     self._update = None

@@ -1,0 +1,108 @@
+"""How a sequence comes to its pages, what of them it shares, and how it leaves them. No JAX.
+
+Place in the ring: between the batcher, which decides who comes and goes, and `pages`.
+"""
+
+import numpy as np
+
+from intellect3.inference.engine.pages import Pages
+from intellect3.inference.engine.sequence import Sequence
+
+
+def move_in(sequence: Sequence, pages: Pages, *, length: int, spare: int) -> bool:
+  """Finds what others computed of the prompt and takes pages for the rest.
+
+  Args:
+    sequence: holds no pages.
+    pages: the cache.
+    length: tokens that there is to be room for.
+    spare: pages that must stay available to others.
+
+  Returns:
+    False, and nothing is changed, where there are too few pages.
+  """
+  request, size = sequence.request, pages.page_size
+  prompt = request.input_ids
+  # At least the last token is computed, and whatever comes before a prompt token to be scored.
+  computed_from = min(sequence.length - 1, len(prompt))
+  if sequence.wants_scores:
+    assert sequence.first_scored is not None
+    computed_from = min(computed_from, sequence.first_scored - 1)
+  nodes = pages.find(request.extra_key, prompt, computed_from // size)
+  needed = -(-length // size) - len(nodes)
+  pages.use(nodes)
+  taken = pages.take(needed) if pages.available >= needed + spare else None
+  if taken is None:
+    pages.release(nodes, sequence)
+    return False
+  sequence.pages = [*(node.page for node in nodes), *taken]
+  sequence.nodes, sequence.found = nodes, len(nodes)
+  sequence.reused, sequence.epoch = 0, pages.epoch
+  for page in sequence.pages[len(nodes) : len(prompt) // size]:
+    if not pages.add(request.extra_key, prompt, nodes, page, sequence):
+      break
+  return True
+
+
+def pass_shared(sequence: Sequence, pages: Pages) -> bool:
+  """Goes past the pages that others computed; False where it is to wait for one of them."""
+  while sequence.reused < sequence.found:
+    node = sequence.nodes[sequence.reused]
+    if node.ready:
+      sequence.reused += 1
+      sequence.cached += pages.page_size
+      continue
+    if node.writer is not None:
+      return False
+    # Whoever was to compute it has gone; it falls to this one, and what follows too.
+    for orphan in sequence.nodes[sequence.reused : sequence.found]:
+      if not orphan.ready and orphan.writer is None:
+        orphan.writer = sequence
+    sequence.found = sequence.reused
+  return True
+
+
+def announce(sequence: Sequence, end: int, pages: Pages) -> None:
+  """The next prefill call computes the sequence up to `end`: others may rely on whole pages."""
+  for node in sequence.nodes[sequence.reused : end // pages.page_size]:
+    if node.writer is sequence:
+      node.ready, node.writer = True, None
+
+
+def keep_experts(sequence: Sequence, pages: Pages) -> None:
+  """Leaves the experts of whole shared pages with their nodes, for those who reuse them."""
+  size, first = pages.page_size, sequence.reused
+  missing = [
+    index
+    for index in range(first, min(len(sequence.nodes), sequence.cached // size))
+    if sequence.nodes[index].experts is None
+  ]
+  if missing and sequence.experts:
+    own = np.concatenate(sequence.experts)
+    for index in missing:
+      piece = own[(index - first) * size : (index - first + 1) * size]
+      sequence.nodes[index].experts = piece.copy()
+
+
+def move_out(sequence: Sequence, pages: Pages, *, share_sampled: bool) -> None:
+  """Gives all pages back. What was computed stays behind as a prefix.
+
+  Args:
+    sequence: holds pages; if it is finished, its `experts` become whole.
+    pages: the cache.
+    share_sampled: whether pages that decoding computed are left to others too.
+  """
+  nodes, size = sequence.nodes, pages.page_size
+  if share_sampled and sequence.epoch == pages.epoch:
+    tokens, key = sequence.tokens, sequence.request.extra_key
+    for page in sequence.pages[len(nodes) : sequence.cached // size]:
+      if not pages.add(key, tokens, nodes, page, None):
+        break
+  keep_experts(sequence, pages)
+  if sequence.finish is not None:
+    shared = [node.experts for node in nodes[: sequence.reused]]
+    sequence.experts[:0] = [piece for piece in shared if piece is not None]
+  private = sequence.pages[len(nodes) :]
+  pages.release(nodes, sequence)
+  pages.give(private)
+  sequence.nodes, sequence.pages = [], []
