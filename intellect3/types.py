@@ -57,6 +57,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     policy_versions: int32[T], the weights each token was sampled with.
     finish_reason: `stop`, `length` or `abort`.
     server: address of the server that made the last token.
+    servers: every server that made tokens of it, in order; empty where only the last is known.
+    reprefilled_tokens: tokens known to a server before that one had to compute again.
   """
 
   tokens: np.ndarray
@@ -64,6 +66,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
   policy_versions: np.ndarray
   finish_reason: str
   server: str
+  servers: Sequence[str] = ()
+  reprefilled_tokens: int = 0
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):

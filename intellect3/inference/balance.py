@@ -1,17 +1,30 @@
-"""Which server gets the next request: the least loaded of those that are not fenced.
+"""Which server gets the next request, and who waits for one.
 
-Waiting is first come, first served: a slot that comes free is handed to whoever waited longest, so
-while anyone waits no slot is free for a newcomer.
+The rule (`choose`), among the servers that may be used and have room:
+
+1. One that failed a moment ago is left alone while there is another.
+2. A request with a home goes there unless the home is clearly busier than the least busy one:
+   load(home) > 1.25 x least load + `spill`. The home of a conversation is the server that holds its
+   prefix; that of a new member of a group is drawn from the group's name (`home_of`), the same in
+   every client, so that the group's prompt is prefilled once.
+3. Otherwise the least busy, then the longest unused.
+
+Load is what this client has there and what others have, by the server's own last word. Waiting is
+first come, first served, and bounded: a slot that comes free goes to whoever waited longest.
 """
 
 import asyncio
+import hashlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+SPILL_FACTOR = 1.25
+"""A home may be this many times as busy as the least busy server, and `spill` requests more."""
 
 
 class NoServers(Exception):
-  """Every server is fenced or none was given."""
+  """No server came free, or none was there at all, for as long as was allowed to wait."""
 
 
 @dataclass(eq=False)
@@ -20,57 +33,166 @@ class Server:
 
   Attributes:
     url: its address.
-    in_flight: slots taken.
+    in_flight: slots taken by this client.
+    others: requests of other clients there, by its last word.
+    version: the weights it has, as the orchestrator told; None before it did.
     failures: failed requests since the last good one.
     blocked_until: on the event loop's clock; until then others are preferred.
     last_used: number of the last slot given, counted over all servers.
+    listed: whether new requests may go there.
     fenced: why nothing is sent to it any more, or None.
     requests: what is on its way, so that a fence can end it.
   """
 
   url: str
   in_flight: int = 0
+  others: int = 0
+  version: int | None = None
   failures: int = 0
   blocked_until: float = 0.0
   last_used: int = 0
+  listed: bool = True
   fenced: str | None = None
   requests: set[asyncio.Future] = field(default_factory=set)
+
+  @property
+  def open(self) -> bool:
+    """Whether requests may be sent to it."""
+    return self.listed and self.fenced is None
+
+  @property
+  def load(self) -> int:
+    """Requests there, running or waiting, of everybody."""
+    return self.in_flight + self.others
+
+
+def home_of(key: str, urls: Iterable[str]) -> str | None:
+  """The server that a key belongs to; the same for everybody who sees the same servers.
+
+  Of the keys of a server that leaves each goes to another server of its own, and one that joins
+  takes its share of all (rendezvous hashing).
+  """
+  return max(
+    urls,
+    key=lambda url: hashlib.blake2b(f"{key}\0{url}".encode(), digest_size=8).digest(),
+    default=None,
+  )
+
+
+def others_load(running: int, waiting: int, own: int) -> int:
+  """What other clients have on a server that reports `running` and `waiting`, `own` being ours."""
+  return max(0, running + waiting - own)
+
+
+def choose(
+  servers: Iterable[Server], *, room: int, now: float, home: str | None, spill: int
+) -> Server | None:
+  """The server for the next request, by the module's rule.
+
+  Args:
+    servers: all that are known.
+    room: requests that this client may have on one server.
+    now: the event loop's time.
+    home: url of the server that holds the request's prefix, or None.
+    spill: how many requests the home may have more than the least busy one.
+
+  Returns:
+    A server with room, or None where there is none.
+  """
+  able = [server for server in servers if server.open and server.in_flight < room]
+  able = [server for server in able if server.blocked_until <= now] or able
+  if not able:
+    return None
+  least = min(able, key=lambda server: (server.load, server.last_used))
+  for server in able:
+    if server.url == home and server.load <= SPILL_FACTOR * least.load + spill:
+      return server
+  return least
+
+
+@dataclass(eq=False)
+class _Turn:
+  """Somebody who waits, and where it would like to go."""
+
+  slot: "asyncio.Future[Server]"
+  home: str | None
 
 
 class Balancer:
   """The set of servers and the queue for their slots. Belongs to one event loop."""
 
-  def __init__(self, urls: Sequence[str], max_concurrency: int):
-    """Args: urls: addresses. max_concurrency: slots of each server."""
-    if max_concurrency < 1:
-      raise ValueError(f"max_concurrency: expected at least 1, got {max_concurrency}")
+  def __init__(
+    self,
+    urls: Sequence[str],
+    max_concurrency: int,
+    *,
+    max_waiting: int = 10_000,
+    max_wait_seconds: float = 600.0,
+    spill: int = 16,
+  ):
+    """Makes a balancer.
+
+    Args:
+      urls: addresses.
+      max_concurrency: slots of each server.
+      max_waiting: how many may wait for a slot.
+      max_wait_seconds: how long each may.
+      spill: see `choose`.
+    """
+    for name, value, least in (
+      ("max_concurrency", max_concurrency, 1),
+      ("max_waiting", max_waiting, 0),
+      ("max_wait_seconds", max_wait_seconds, 0),
+      ("spill", spill, 0),
+    ):
+      if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
     self._max_concurrency = max_concurrency
+    self._max_waiting = max_waiting
+    self._max_wait_seconds = max_wait_seconds
+    self._spill = spill
     self._servers: dict[str, Server] = {}
-    self._waiting: deque[asyncio.Future[Server]] = deque()
+    self._waiting: deque[_Turn] = deque()
     self._slots_given = 0
     self.set_servers(urls)
 
   @property
   def open(self) -> list[Server]:
-    """Servers that are not fenced."""
-    return [server for server in self._servers.values() if server.fenced is None]
+    """Servers that may be sent requests."""
+    return [server for server in self._servers.values() if server.open]
 
   @property
   def waiting(self) -> int:
     """How many wait for a slot."""
-    return sum(not turn.done() for turn in self._waiting)
+    return sum(not turn.slot.done() for turn in self._waiting)
 
   def fence_reason(self, url: str) -> str | None:
     """Why a server is fenced; None where it is not, or is not known."""
     return self._servers[url].fenced if url in self._servers else None
 
-  def set_servers(self, urls: Iterable[str]) -> None:
-    """Replaces the set. A server that left keeps what is in flight there; fences stay."""
-    kept = {url: server for url, server in self._servers.items() if server.fenced is not None}
-    for url in urls:
-      kept.setdefault(url, self._servers.get(url) or Server(url))
-    self._servers = kept
+  def set_servers(self, urls: Iterable[str], versions: Mapping[str, int] | None = None) -> None:
+    """Replaces the set. A server that left keeps what is in flight there; fences stay.
+
+    Args:
+      urls: addresses.
+      versions: the weights that each has; those left out keep what was told of them.
+    """
+    wanted = dict.fromkeys(urls)
+    for url in wanted:
+      self._servers.setdefault(url, Server(url))
+    for url, server in list(self._servers.items()):
+      server.listed = url in wanted
+      server.version = (versions or {}).get(url, server.version)
+      if not server.listed and server.fenced is None and server.in_flight == 0:
+        del self._servers[url]
     self._serve_waiting()
+
+  def set_loads(self, loads: Mapping[str, tuple[int, int]]) -> None:
+    """Takes what servers say they have: (running, waiting) by url."""
+    for url, (running, waiting) in loads.items():
+      if url in self._servers:
+        server = self._servers[url]
+        server.others = others_load(running, waiting, server.in_flight)
 
   def fence(self, url: str, reason: str) -> None:
     """Takes a server out and cancels its requests; an unknown one is remembered as fenced."""
@@ -79,42 +201,62 @@ class Balancer:
       server.fenced = reason
       for request in server.requests:
         request.cancel()
-      self._serve_waiting()
 
   def admit(self, url: str) -> None:
     """Adds a server, or lifts its fence."""
-    if url not in self._servers or self._servers[url].fenced is not None:
+    if url not in self._servers or not self._servers[url].open:
       self._servers[url] = Server(url)
       self._serve_waiting()
 
-  async def acquire(self) -> Server:
-    """Waits for a slot and takes it; `release` gives it back. NoServers where none is left."""
-    if not self.open:
-      raise NoServers(self._why_none())
-    if (server := self._least_loaded()) is not None:
+  async def acquire(self, *, prefer: str | None = None, affinity: str | None = None) -> Server:
+    """Waits for a slot and takes it; `release` gives it back.
+
+    Args:
+      prefer: url of the server that holds the request's prefix, if one does.
+      affinity: name of the group whose members share a prefix; gives the home where `prefer` is
+        None or its server is gone.
+
+    Raises:
+      NoServers: no slot came free in time, or too many wait already.
+    """
+    urls = [server.url for server in self.open]
+    home = prefer if prefer in urls else None
+    if home is None and affinity is not None:
+      home = home_of(affinity, urls)
+    if (server := self._choose(home)) is not None:
       return self._take(server)
-    turn: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+    if self.waiting >= self._max_waiting:
+      raise NoServers(f"{self._why_none()}; {self._max_waiting} requests wait already")
+    turn = _Turn(asyncio.get_running_loop().create_future(), home)
     self._waiting.append(turn)
     try:
-      return await turn
+      async with asyncio.timeout(self._max_wait_seconds):
+        return await turn.slot
     except asyncio.CancelledError:
-      # Cancelled between being given the slot and waking up: the slot goes to the next.
-      if turn.done() and not turn.cancelled() and turn.exception() is None:
-        self.release(turn.result())
+      self._give_up(turn)
       raise
+    except TimeoutError:
+      self._give_up(turn)
+      raise NoServers(f"{self._why_none()} within {self._max_wait_seconds:g} s") from None
 
   def release(self, server: Server) -> None:
     """Gives a slot back."""
     server.in_flight -= 1
     self._serve_waiting()
 
-  def _least_loaded(self) -> Server | None:
-    """The open server with room: failing ones last, then by load, then the longest unused."""
-    now = asyncio.get_running_loop().time()
-    return min(
-      (server for server in self.open if server.in_flight < self._max_concurrency),
-      key=lambda server: (server.blocked_until > now, server.in_flight, server.last_used),
-      default=None,
+  def _give_up(self, turn: _Turn) -> None:
+    if turn.slot.done() and not turn.slot.cancelled():
+      # Cancelled between being given the slot and waking up: the slot goes to the next.
+      self.release(turn.slot.result())
+    turn.slot.cancel()
+
+  def _choose(self, home: str | None) -> Server | None:
+    return choose(
+      self._servers.values(),
+      room=self._max_concurrency,
+      now=asyncio.get_running_loop().time(),
+      home=home,
+      spill=self._spill,
     )
 
   def _take(self, server: Server) -> Server:
@@ -124,17 +266,19 @@ class Balancer:
     return server
 
   def _serve_waiting(self) -> None:
-    """Gives free slots to those who wait; with no server left, tells them all."""
+    """Gives free slots to those who wait."""
     while self._waiting:
-      if self._waiting[0].done():
+      turn = self._waiting[0]
+      if turn.slot.done():
         self._waiting.popleft()
-      elif not self.open:
-        self._waiting.popleft().set_exception(NoServers(self._why_none()))
-      elif (server := self._least_loaded()) is not None:
-        self._waiting.popleft().set_result(self._take(server))
+      elif (server := self._choose(turn.home)) is not None:
+        self._waiting.popleft()
+        turn.slot.set_result(self._take(server))
       else:
         return
 
   def _why_none(self) -> str:
-    fenced = [f"{server.url} ({server.fenced})" for server in self._servers.values()]
-    return f"all servers are fenced: {', '.join(fenced)}" if fenced else "no server was given"
+    if self.open:
+      return f"no server had room (each {self._max_concurrency} requests)"
+    fenced = [f"{s.url} ({s.fenced})" for s in self._servers.values() if s.fenced is not None]
+    return f"all servers are fenced: {', '.join(fenced)}" if fenced else "no server was there"

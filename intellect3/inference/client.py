@@ -1,20 +1,20 @@
 """The pool of servers that rollouts sample from.
 
-Place in the ring: Conversation -> ServerPool -> `/generate` of some server. The pool picks the
-least loaded server, bounds what each one gets, asks again after failures that asking again can
-mend, and goes on from the tokens it has when a server aborts a generation or dies: the next
+Place in the ring: Conversation -> ServerPool -> `/generate` of some server. A generation is asked
+for in segments on one server, so that a crash costs at most a segment. The pool picks the server
+(`balance`), bounds what each one gets, asks again after failures that asking again can mend, and
+goes on from the tokens it has when a segment is aborted, times out or its server dies: the next
 request's prompt is the prompt and those tokens, and each token keeps the version and logprob it was
-sampled with.
+sampled with. Nothing is asked for twice at once.
 """
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from intellect3.inference import protocol
 from intellect3.inference.balance import Balancer, NoServers, Server
+from intellect3.inference.continuation import Progress, continued_seed
 from intellect3.inference.transport import Transport, TransportError
 from intellect3.types import Generation
 
@@ -41,7 +41,7 @@ class ServerUnavailable(Exception):
 
 
 class ServerPool:
-  """Generates on whichever server is least loaded. Belongs to one event loop."""
+  """Generates on whichever server suits best. Belongs to one event loop."""
 
   def __init__(
     self,
@@ -50,10 +50,15 @@ class ServerPool:
     *,
     vocab_size: int,
     max_concurrency: int = 256,
+    max_waiting: int = 10_000,
+    max_wait_seconds: float = 600.0,
+    spill: int = 16,
+    segment_tokens: int = 4096,
     retries: int = 5,
     backoff_seconds: float = 0.5,
     backoff_max_seconds: float = 30.0,
     timeout_seconds: float = 600.0,
+    grace_seconds: float = 10.0,
     seed: int = 0,
   ):
     """Makes a pool; nothing is sent yet.
@@ -63,18 +68,26 @@ class ServerPool:
       urls: addresses, e.g. `http://127.0.0.1:30000`.
       vocab_size: ids at or above it are neither sent nor accepted.
       max_concurrency: requests on one server at a time; further ones wait their turn.
-      retries: failures in a row, with no token gained between them, that a generation survives.
+      max_waiting: how many may wait.
+      max_wait_seconds: how long each may wait.
+      spill: requests that a home server may have more than the least busy one (`balance.choose`).
+      segment_tokens: most tokens that one request asks for.
+      retries: failures in a row, with no token gained between them, that a generation survives. A
+        time-out is one whatever came of it.
       backoff_seconds: before retry n it waits a random time up to this times 2^(n-1) ("full
         jitter"), so that the clients of a server that fell do not return together.
       backoff_max_seconds: upper bound of that range.
-      timeout_seconds: for one request.
+      timeout_seconds: for one segment; then it is aborted.
+      grace_seconds: how long an aborted segment may take to hand over its tokens.
       seed: of the jitter.
     """
     for name, value, least in (
       ("vocab_size", vocab_size, 1),
+      ("segment_tokens", segment_tokens, 1),
       ("retries", retries, 0),
       ("backoff_seconds", backoff_seconds, 0),
       ("backoff_max_seconds", backoff_max_seconds, 0),
+      ("grace_seconds", grace_seconds, 0),
     ):
       if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -82,13 +95,22 @@ class ServerPool:
       raise ValueError(f"timeout_seconds: expected more than 0, got {timeout_seconds}")
     self._transport = transport
     self._vocab_size = vocab_size
+    self._segment_tokens = segment_tokens
     self._retries = retries
     self._backoff = backoff_seconds, backoff_max_seconds
     self._timeout_seconds = timeout_seconds
+    self._grace_seconds = grace_seconds
     self._jitter = random.Random(seed)
-    self._balancer = Balancer(urls, max_concurrency)
+    self._balancer = Balancer(
+      urls,
+      max_concurrency,
+      max_waiting=max_waiting,
+      max_wait_seconds=max_wait_seconds,
+      spill=spill,
+    )
     self.retried = 0
     self.continued = 0
+    self.timed_out = 0
 
   @property
   def urls(self) -> tuple[str, ...]:
@@ -105,9 +127,18 @@ class ServerPool:
     """Generations that wait for a server to have room."""
     return self._balancer.waiting
 
-  def set_servers(self, urls: Iterable[str]) -> None:
-    """Replaces the set. Requests on a server that left still end there; fences stay."""
-    self._balancer.set_servers(urls)
+  def set_servers(self, urls: Iterable[str], versions: Mapping[str, int] | None = None) -> None:
+    """Replaces the set. Segments on a server that left still end there; fences stay.
+
+    Args:
+      urls: addresses.
+      versions: the weights each has, the cache key of requests that bring none.
+    """
+    self._balancer.set_servers(urls, versions)
+
+  def set_loads(self, loads: Mapping[str, tuple[int, int]]) -> None:
+    """Takes what servers say they have, of all clients: (running, waiting) by url."""
+    self._balancer.set_loads(loads)
 
   def fence(self, url: str, reason: str) -> None:
     """Sends nothing more to a server; its requests in flight fail with ServerFenced.
@@ -130,12 +161,17 @@ class ServerPool:
     seed: int | None,
     rid: str,
     extra_key: str | Callable[[], str] | None = None,
+    affinity: str | None = None,
+    prefer: str | None = None,
+    known_tokens: int = 0,
+    so_far: Generation | None = None,
+    progress: Callable[[Generation], None] | None = None,
   ) -> Generation:
     """Samples a continuation of a prompt.
 
     Args:
       prompt_ids: the prompt, checked against the vocabulary before anything is sent.
-      max_new_tokens: at least 1.
+      max_new_tokens: at least 1, tokens of `so_far` included.
       temperature: 0 is greedy.
       stop_token_ids: ids that end the generation.
       seed: sampling seed, below 2^31; a request that goes on after n tokens uses
@@ -143,16 +179,21 @@ class ServerPool:
         server chooses.
       rid: id of the request, unique; the second and later requests of one generation append `.1`,
         `.2`, ..., since a server may still hold the one before.
-      extra_key: cache key, or a function that gives it at the moment of sending (the version may
-        change while a generation waits).
+      extra_key: cache key, or a function that gives it at the moment of sending; None: the version
+        of the server's weights, as told, when the generation first went there.
+      affinity: name of the group whose members share the prompt.
+      prefer: url of the server that holds the conversation so far.
+      known_tokens: length of the prompt's prefix that servers have computed before.
+      so_far: what an earlier call (of another process, perhaps) had when it was broken off.
+      progress: is given each segment's tokens as they come.
 
     Returns:
       The stitched Generation: `finish_reason` is `stop` or `length`, never `abort`; `server` is the
-      one that made the last token.
+      one that made the last token, `servers` are all that made any.
 
     Raises:
       ValueError: an id outside the vocabulary, or max_new_tokens below 1.
-      NoServers: there is none left.
+      NoServers: none came free for as long as a request may wait.
       ServerFenced: the server was fenced while it worked on this.
       RequestRejected: a 4xx. ProtocolError: a reply that cannot be right.
       TransportError, ServerUnavailable: the last failure, when `retries` were used up.
@@ -161,53 +202,81 @@ class ServerPool:
     if max_new_tokens < 1:
       raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     prompt = [int(token) for token in prompt_ids]
-    pieces: list[Generation] = []
-    so_far: list[int] = []
+    made = Progress(known=known_tokens)
+    if so_far is not None:
+      made.add(so_far)
     failures = requests = 0
-    while True:
-      request = protocol.GenerateRequest(
-        input_ids=prompt + so_far,
-        rid=rid if requests == 0 else f"{rid}.{requests}",
-        sampling_params=protocol.SamplingParams(
-          max_new_tokens=max_new_tokens - len(so_far),
-          temperature=temperature,
-          stop_token_ids=[int(token) for token in stop_token_ids],
-          sampling_seed=seed if seed is None else continued_seed(seed, len(so_far)),
-        ),
-      )
-      requests += 1
-      error: Exception
-      try:
-        piece = await self._send(request, extra_key)
-      except (TransportError, ServerUnavailable) as failure:
-        error = failure
-      else:
-        pieces.append(piece)
-        so_far.extend(piece.tokens.tolist())
-        self._check_unfenced(pieces)
-        if piece.finish_reason != "abort":
-          return _stitch(pieces, piece.finish_reason)
-        if len(so_far) >= max_new_tokens:
-          return _stitch(pieces, "length")
-        self.continued += 1
-        failures = 0 if piece.tokens.size else failures
-        error = ServerUnavailable(f"{piece.server}: aborted {request.rid}")
-      failures += 1
-      if failures > self._retries:
-        raise error
-      self.retried += 1
-      await asyncio.sleep(self._jitter.uniform(0.0, self._backoff_range(failures)))
-
-  async def _send(
-    self, request: protocol.GenerateRequest, extra_key: str | Callable[[], str] | None
-  ) -> Generation:
-    """One request to one server; returns what it made, also of an aborted generation."""
-    server = await self._balancer.acquire()
+    server: Server | None = None
     try:
-      body = protocol.encode(request)
-      if extra_key is not None:
-        body["extra_key"] = extra_key() if callable(extra_key) else extra_key
-      status, answer = await self._request(server, body)
+      while len(made.tokens) < max_new_tokens:
+        budget = min(self._segment_tokens, max_new_tokens - len(made.tokens))
+        request = protocol.GenerateRequest(
+          input_ids=prompt + made.tokens,
+          rid=rid if requests == 0 else f"{rid}.{requests}",
+          sampling_params=protocol.SamplingParams(
+            max_new_tokens=budget,
+            temperature=temperature,
+            stop_token_ids=[int(token) for token in stop_token_ids],
+            sampling_seed=seed if seed is None else continued_seed(seed, len(made.tokens)),
+          ),
+        )
+        requests += 1
+        if server is None:
+          server = await self._balancer.acquire(prefer=prefer, affinity=affinity)
+        error: Exception
+        try:
+          piece, in_time = await self._segment(server, request, extra_key, made)
+        except (TransportError, ServerUnavailable) as failure:
+          error = failure
+        else:
+          made.add(piece)
+          self._check_unfenced(made.pieces)
+          if progress is not None and piece.tokens.size:
+            progress(piece)
+          if piece.finish_reason == "stop":
+            return made.whole("stop")
+          if piece.finish_reason == "length":
+            if piece.tokens.size < budget:  # the context is full
+              break
+            failures = 0
+            if not server.open:
+              self._balancer.release(server)
+              server = None
+            continue
+          if len(made.tokens) >= max_new_tokens:
+            break
+          self.continued += 1
+          prefer = None
+          if in_time and piece.tokens.size:
+            failures = 0
+          error = ServerUnavailable(f"{piece.server}: aborted {request.rid}")
+        self._balancer.release(server)
+        server = None
+        failures += 1
+        if failures > self._retries:
+          raise error
+        self.retried += 1
+        await asyncio.sleep(self._jitter.uniform(0.0, self._backoff_range(failures)))
+      return made.whole("length")
+    finally:
+      if server is not None:
+        self._balancer.release(server)
+
+  async def _segment(
+    self,
+    server: Server,
+    request: protocol.GenerateRequest,
+    extra_key: str | Callable[[], str] | None,
+    made: Progress,
+  ) -> tuple[Generation, bool]:
+    """One request to one server: what it made, also where aborted, and whether it was in time."""
+    body = protocol.encode(request)
+    if extra_key is not None:
+      body["extra_key"] = extra_key() if callable(extra_key) else extra_key
+    elif server.version is not None:
+      body["extra_key"] = made.keys.setdefault(server.url, str(server.version))
+    try:
+      status, answer, in_time = await self._request(server, body)
       if status >= 500:
         raise ServerUnavailable(f"{server.url}: {status} {protocol.error_message(answer)}")
       if status != 200:
@@ -220,62 +289,70 @@ class ServerPool:
         reply, request, vocab_size=self._vocab_size, server=server.url
       )
     except (TransportError, ServerUnavailable):
-      server.failures += 1
-      delay = self._backoff_range(server.failures)
-      server.blocked_until = asyncio.get_running_loop().time() + delay
+      self._avoid(server)
       raise
     except protocol.ProtocolError as error:
       raise protocol.ProtocolError(f"{server.url}: {error}") from error
-    finally:
-      self._balancer.release(server)
-    server.failures = 0
-    server.blocked_until = 0.0
-    return piece
+    if in_time:
+      server.failures = 0
+      server.blocked_until = 0.0
+    else:
+      self._avoid(server)
+    cached = reply.meta_info.cached_tokens
+    if cached is not None:
+      made.reprefilled += max(0, made.known - cached)
+    if piece.tokens.size:  # of the last token there is no cache before the next one is made
+      made.known = len(request.input_ids) + int(piece.tokens.size) - 1
+    return piece, in_time
 
-  async def _request(self, server: Server, body: dict) -> tuple[int, bytes]:
-    """Carries a request such that `fence` can end it."""
-    request = asyncio.ensure_future(
-      self._transport.request("POST", f"{server.url}/generate", body, self._timeout_seconds)
-    )
+  async def _request(self, server: Server, body: dict) -> tuple[int, bytes, bool]:
+    """Carries a request such that `fence` can end it; at its time-out asks for what it has."""
+    limit = self._timeout_seconds + self._grace_seconds
+    url = f"{server.url}/generate"
+    request = asyncio.ensure_future(self._transport.request("POST", url, body, limit + 1.0))
     server.requests.add(request)
+    abort: asyncio.Future | None = None
     try:
-      return await request
-    except asyncio.CancelledError:
-      current = asyncio.current_task()
-      if server.fenced is None or (current is not None and current.cancelling()):
-        raise  # Cancelled from outside, not by the fence.
-      raise ServerFenced(f"{server.url}: {server.fenced}") from None
+      in_time = bool((await asyncio.wait({request}, timeout=self._timeout_seconds))[0])
+      if not in_time:
+        self.timed_out += 1
+        abort = asyncio.ensure_future(
+          self._transport.request(
+            "POST", f"{server.url}/abort_request", {"rid": body["rid"]}, self._grace_seconds + 1.0
+          )
+        )
+        # It may answer late, while paused: the request's own answer is what counts.
+        await asyncio.wait({request}, timeout=self._grace_seconds)
+      if not request.done():
+        raise TransportError(url, f"no answer within {limit:g} s, an abort included")
+      if request.cancelled():
+        raise ServerFenced(f"{server.url}: {server.fenced}")
+      status, answer = request.result()
+      return status, answer, in_time
     finally:
       server.requests.discard(request)
+      for task in (request, abort):
+        if task is not None:
+          task.cancel()
+          task.add_done_callback(_ignore)
+
+  def _avoid(self, server: Server) -> None:
+    server.failures += 1
+    delay = self._backoff_range(server.failures)
+    server.blocked_until = asyncio.get_running_loop().time() + delay
 
   def _check_unfenced(self, pieces: Sequence[Generation]) -> None:
     """Refuses tokens of a server that was fenced after it made them."""
-    for piece in pieces:
-      if reason := self._balancer.fence_reason(piece.server):
-        raise ServerFenced(f"{piece.server}: {reason}")
+    for url in {url for piece in pieces for url in piece.servers or (piece.server,)}:
+      if reason := self._balancer.fence_reason(url):
+        raise ServerFenced(f"{url}: {reason}")
 
   def _backoff_range(self, failures: int) -> float:
     base, longest = self._backoff
     return min(longest, base * 2.0 ** (failures - 1))
 
 
-def continued_seed(seed: int, tokens: int) -> int:
-  """Seed of a request that goes on after `tokens` tokens; `seed` itself for 0. Below 2^31."""
-  if tokens == 0:
-    return seed
-  # A Weyl step and a multiply-xorshift: different for nearby seeds and lengths, the same anywhere.
-  mixed = (seed + tokens * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-  mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-  return (mixed ^ (mixed >> 31)) & 0x7FFFFFFF
-
-
-def _stitch(pieces: Sequence[Generation], finish_reason: str) -> Generation:
-  """The pieces as one Generation, in order."""
-  made = [piece for piece in pieces if piece.tokens.size] or pieces[-1:]
-  return Generation(
-    tokens=np.concatenate([piece.tokens for piece in pieces]),
-    inference_logprobs=np.concatenate([piece.inference_logprobs for piece in pieces]),
-    policy_versions=np.concatenate([piece.policy_versions for piece in pieces]),
-    finish_reason=finish_reason,
-    server=made[-1].server,
-  )
+def _ignore(task: asyncio.Future) -> None:
+  """Looks at what became of an abandoned task, so that asyncio does not report it."""
+  if not task.cancelled():
+    task.exception()

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from intellect3.inference import protocol
+from intellect3.inference import load, protocol
 from intellect3.inference.transport import Transport, TransportError
 
 PAUSE_MODES = ("in_place", "retract", "abort")
@@ -51,11 +51,13 @@ class Outcome(Generic[T]):
     value: its answer; None where the call failed.
     error: why it failed, or None.
     seconds: how long it took, on the event loop's clock.
+    answered: whether there was an answer at all; one that refuses is an answer.
   """
 
   value: T | None
   error: str | None
   seconds: float
+  answered: bool = True
 
   @property
   def ok(self) -> bool:
@@ -97,6 +99,7 @@ class ServerControl:
     self._fenced: dict[str, str] = {}
     self._paused: dict[str, str] = {}
     self._quiet: dict[str, asyncio.Lock] = {}
+    self._tells_load: dict[str, bool] = {}
     self._calls = itertools.count()
 
   @property
@@ -120,6 +123,7 @@ class ServerControl:
   def admit(self, url: str) -> None:
     """Lifts a fence, once the server was restarted or its weights were mended."""
     self._fenced.pop(url, None)
+    self._tells_load.pop(url, None)
     self._note_running(url)
     if url not in self._urls:
       self._urls += (url,)
@@ -136,18 +140,18 @@ class ServerControl:
         await self._lock(url).acquire()
       # Noted before it is sent: a pause whose answer is lost may have happened.
       self._paused[url] = mode
-      await self._post(url, "/pause_generation", {"mode": mode})
+      await self.post(url, "/pause_generation", {"mode": mode})
 
-    return await self._everywhere(call, urls)
+    return await self.on_each(call, urls)
 
   async def resume(self, *, urls: Sequence[str] | None = None) -> dict[str, Outcome[None]]:
     """Lets generation go on; harmless where it was not paused."""
 
     async def call(url: str) -> None:
-      await self._post(url, "/continue_generation", {})
+      await self.post(url, "/continue_generation", {})
       self._note_running(url)
 
-    return await self._everywhere(call, urls)
+    return await self.on_each(call, urls)
 
   async def update_weights(
     self,
@@ -183,18 +187,22 @@ class ServerControl:
     }
 
     async def call(url: str) -> None:
-      answer = await self._post(url, "/update_weights_from_disk", body)
-      reply = protocol.decode(answer, protocol.UpdateReply)
-      if not reply.success:
-        raise ControlError(f"update refused: {reply.message[:300]}")
+      await self.update(url, "/update_weights_from_disk", body)
 
-    return await self._everywhere(call, targets)
+    return await self.on_each(call, targets)
+
+  async def update(self, url: str, path: str, body: Mapping[str, Any]) -> None:
+    """One call that changes weights; raises as `post`, and ControlError where it failed."""
+    reply = protocol.decode(await self.post(url, path, body), protocol.UpdateReply)
+    if not reply.success:
+      raise ControlError(f"{path}: update refused: {reply.message[:300]}")
 
   async def score(
     self,
     ids: Sequence[int],
     *,
     extra_key: str | None = None,
+    new_tokens: int = 0,
     urls: Sequence[str] | None = None,
   ) -> dict[str, Outcome[Scores]]:
     """Logprobs of a prompt at temperature 1.
@@ -202,6 +210,7 @@ class ServerControl:
     Args:
       ids: the prompt.
       extra_key: one not used before bypasses the prefix cache.
+      new_tokens: tokens to generate behind it, to see that the server does.
       urls: some of the servers; None for all.
 
     Raises:
@@ -213,18 +222,18 @@ class ServerControl:
       request = protocol.GenerateRequest(
         input_ids=[int(token) for token in ids],
         rid=f"score-{next(self._calls)}-{os.getpid()}",
-        sampling_params=protocol.SamplingParams(max_new_tokens=0, temperature=0.0),
+        sampling_params=protocol.SamplingParams(max_new_tokens=new_tokens, temperature=0.0),
         logprob_start_len=0,
         extra_key=extra_key,
       )
-      answer = await self._post(url, "/generate", protocol.encode(request))
+      answer = await self.post(url, "/generate", protocol.encode(request))
       reply = protocol.decode(answer, protocol.GenerateReply)
       return Scores(
         logprobs=protocol.parse_scores(reply, request),
         version=protocol.parse_version(reply.meta_info.weight_version),
       )
 
-    return await self._everywhere(call, urls)
+    return await self.on_each(call, urls)
 
   async def model_info(
     self, *, urls: Sequence[str] | None = None
@@ -235,7 +244,36 @@ class ServerControl:
       answer = await self._ask("GET", url, "/model_info", None, self._timeout_seconds)
       return protocol.decode(answer, protocol.ModelInfo)
 
-    return await self._everywhere(call, urls)
+    return await self.on_each(call, urls)
+
+  async def server_info(
+    self, *, urls: Sequence[str] | None = None
+  ) -> dict[str, Outcome[load.ServerInfo]]:
+    """What each server says of itself; answers also while paused."""
+
+    async def call(url: str) -> load.ServerInfo:
+      answer = await self._ask("GET", url, "/server_info", None, self._timeout_seconds)
+      return protocol.decode(answer, load.ServerInfo)
+
+    return await self.on_each(call, urls)
+
+  async def look(self, url: str) -> Outcome[tuple[int, load.ServerLoad]]:
+    """The version that a server has, and how busy it is; within the time of a health probe."""
+
+    async def ask(path: str) -> bytes:
+      return await self._ask("GET", url, path, None, self._health_timeout_seconds)
+
+    async def call(url: str) -> tuple[int, load.ServerLoad]:
+      model = protocol.decode(await ask("/model_info"), protocol.ModelInfo)
+      version = protocol.parse_version(model.weight_version)
+      if self._tells_load.get(url, True):
+        info = protocol.decode(await ask("/server_info"), load.ServerInfo)
+        self._tells_load[url] = info.tells_load
+        if info.tells_load:
+          return version, load.load_of_info(info)
+      return version, load.parse_loads(await ask("/v1/loads?include=core"))
+
+    return (await self.on_each(call, [url]))[url]
 
   async def healthy(self, url: str) -> bool:
     """Whether a server generates. While it is paused this waits for the pause to end."""
@@ -254,9 +292,10 @@ class ServerControl:
     """Held by a pause until its end and by a health probe: never both."""
     return self._quiet.setdefault(url, asyncio.Lock())
 
-  async def _everywhere(
+  async def on_each(
     self, call: Callable[[str], Awaitable[T]], urls: Sequence[str] | None
   ) -> dict[str, Outcome[T]]:
+    """Makes a call to some servers (None: all) at once; each has its own outcome."""
     clock = asyncio.get_running_loop().time
 
     async def one(url: str) -> Outcome[T]:
@@ -264,13 +303,19 @@ class ServerControl:
       try:
         value = await call(url)
       except (TransportError, ControlError, protocol.ProtocolError) as error:
-        return Outcome(None, f"{type(error).__name__}: {error}", clock() - started)
+        answered = not isinstance(error, TransportError)
+        return Outcome(None, f"{type(error).__name__}: {error}", clock() - started, answered)
       return Outcome(value, None, clock() - started)
 
     targets = self.urls if urls is None else tuple(urls)
     return dict(zip(targets, await asyncio.gather(*map(one, targets)), strict=True))
 
-  async def _post(self, url: str, path: str, body: Mapping[str, Any]) -> bytes:
+  async def post(self, url: str, path: str, body: Mapping[str, Any]) -> bytes:
+    """One call to one server: its answer.
+
+    Raises:
+      TransportError: there was none. ControlError: it refused.
+    """
     return await self._ask("POST", url, path, body, self._timeout_seconds)
 
   async def _ask(

@@ -86,6 +86,7 @@ class MetaInfo(msgspec.Struct, frozen=True):
   weight_versions: Sequence[VersionSpan]
   output_token_logprobs: Sequence[tuple[float, int, str | None]]
   input_token_logprobs: Sequence[tuple[float | None, int, str | None]] = ()
+  cached_tokens: int | None = None
 
 
 class GenerateReply(msgspec.Struct, frozen=True):

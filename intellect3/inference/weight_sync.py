@@ -1,19 +1,19 @@
 """Brings published weights to the servers in flight, and checks that they arrived (contract 8).
 
-Place in the ring: weights vN -> inference. Each server on its own, all at once: pause, update,
-continue, then a canary: the server scores a prompt under a cache key never used before, and its
-logprobs must agree with the trainer's. A server that fails any part is fenced, with the reason: it
-gets no further requests and its tokens are not trained on.
+Place in the ring: weights vN -> inference. Each server on its own, all at once: pause, load,
+continue, then a canary: the server scores a prompt under a cache key never used before, and makes a
+token; its logprobs must agree with the trainer's. A server that fails any part is fenced, with the
+reason: it gets no further requests and its tokens are not trained on.
 
 Modes: `in_place` keeps the cache of running requests (fast; what they cached is of the old weights;
 new requests are told apart by the version in their cache key), `retract` drops and recomputes it
-(exact, slower).
+(exact, slower). Loading is a function of its own: `from_disk` here, `tensor_sync.from_tensors`.
 """
 
 import asyncio
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,10 @@ import numpy as np
 from intellect3.inference.control import Outcome, ServerControl
 
 MODES = ("in_place", "retract")
-PARTS = ("pause", "update", "resume", "canary")
+PARTS = ("pause", "load", "resume", "first_token")
+
+Load = Callable[[ServerControl, str, bool], Awaitable[Outcome[None]]]
+"""Loads weights into a paused server: (control, url, whether to flush its cache)."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ class ServerSync:
     url: its address.
     reason: why it was fenced; None where all is well.
     seconds: all parts.
-    parts: seconds of each part that was tried: pause, update, resume, canary.
+    parts: seconds of each part that was tried: pause, load, resume, first_token (from the request
+      of the canary to its scores and one generated token).
     max_difference: largest difference from the trainer's canary logprobs; None where not known.
+    answered: False where it failed because there was no answer: it may come back.
   """
 
   url: str
@@ -63,6 +68,7 @@ class ServerSync:
   seconds: float
   parts: Mapping[str, float]
   max_difference: float | None = None
+  answered: bool = True
 
   @property
   def ok(self) -> bool:
@@ -80,6 +86,7 @@ class SyncReport:
     servers: one entry per server, in the control's order.
     seconds: from the first call to the last answer.
     parts: seconds of each part on the server that took longest for it.
+    gigabytes: size of the weights; 0.0 where not known.
   """
 
   version: int
@@ -88,6 +95,21 @@ class SyncReport:
   servers: Sequence[ServerSync]
   seconds: float
   parts: Mapping[str, float] = field(default_factory=dict)
+  gigabytes: float = 0.0
+
+  @property
+  def metrics(self) -> dict[str, float]:
+    """For the run's metrics: seconds of each part, of loading and the first token also per GB."""
+    row = {f"weight_sync/{part}_seconds": seconds for part, seconds in self.parts.items()}
+    differences = [s.max_difference for s in self.servers if s.max_difference is not None]
+    if differences:
+      row["weight_sync/canary_difference"] = max(differences)
+    if self.gigabytes > 0:
+      row["weight_sync/gigabytes"] = self.gigabytes
+      for part in ("load", "first_token"):
+        if part in self.parts:
+          row[f"weight_sync/{part}_seconds_per_gb"] = self.parts[part] / self.gigabytes
+    return row
 
   @property
   def healthy(self) -> tuple[str, ...]:
@@ -99,6 +121,38 @@ class SyncReport:
     """Servers that did not, and why."""
     return {server.url: server.reason for server in self.servers if server.reason is not None}
 
+  @property
+  def lost(self) -> tuple[str, ...]:
+    """Those of the fenced that gave no answer: they may come back."""
+    return tuple(server.url for server in self.servers if not (server.ok or server.answered))
+
+
+def report(
+  version: int,
+  mode: str,
+  bound: float,
+  servers: Sequence[ServerSync],
+  seconds: float,
+  *,
+  gigabytes: float = 0.0,
+) -> SyncReport:
+  """The report of a sync from those of its servers."""
+  parts = {
+    part: max(server.parts[part] for server in servers if part in server.parts)
+    for part in PARTS
+    if any(part in server.parts for server in servers)
+  }
+  return SyncReport(version, mode, bound, servers, seconds, parts, gigabytes)
+
+
+def from_disk(path: str | os.PathLike[str], version: int) -> Load:
+  """Loads from a directory that the servers can read."""
+
+  async def load(control: ServerControl, url: str, flush: bool) -> Outcome[None]:
+    return (await control.update_weights(path, version, flush_cache=flush, urls=[url]))[url]
+
+  return load
+
 
 async def sync(
   control: ServerControl,
@@ -109,7 +163,7 @@ async def sync(
   canary: Canary,
   bound: float,
 ) -> SyncReport:
-  """Brings weights to every server of a control, checks each and fences those that fail.
+  """Brings weights from disk to every server of a control, checks each and fences those that fail.
 
   Args:
     control: its servers; those fenced before are left out.
@@ -126,83 +180,81 @@ async def sync(
   Raises:
     ValueError: a bad argument; nothing was sent.
   """
+  check(version=version, mode=mode, bound=bound)
+  clock = asyncio.get_running_loop().time
+  started = clock()
+  load = from_disk(path, version)
+  servers = await asyncio.gather(
+    *(
+      sync_server(control, url, load=load, version=version, mode=mode, canary=canary, bound=bound)
+      for url in control.urls
+    )
+  )
+  for server in servers:
+    if server.reason is not None:
+      control.fence(server.url, server.reason)
+  return report(version, mode, bound, servers, clock() - started)
+
+
+def check(*, version: int, mode: str, bound: float) -> None:
+  """Raises ValueError for what no sync can be asked for."""
   if mode not in MODES:
     raise ValueError(f"mode: expected one of {list(MODES)}, got {mode!r}")
   if not bound > 0:
     raise ValueError(f"bound: expected more than 0, got {bound}")
   if version < 0:
     raise ValueError(f"version: expected at least 0, got {version}")
-  clock = asyncio.get_running_loop().time
-  started = clock()
-  # The random part keeps the key fresh also when a version is synced again after a restart: scores
-  # from a cache filled by other weights would prove nothing.
-  extra_key = f"canary-{version}-{secrets.token_hex(8)}"
-
-  async def one(url: str) -> ServerSync:
-    return await _sync_server(
-      control, url, path=path, version=version, mode=mode, canary=canary, bound=bound, key=extra_key
-    )
-
-  servers = await asyncio.gather(*map(one, control.urls))
-  for server in servers:
-    if server.reason is not None:
-      control.fence(server.url, server.reason)
-  return SyncReport(
-    version=version,
-    mode=mode,
-    bound=bound,
-    servers=servers,
-    seconds=clock() - started,
-    parts={part: max((s.parts.get(part, 0.0) for s in servers), default=0.0) for part in PARTS},
-  )
 
 
-def refused(control: ServerControl, version: int, mode: str, reason: str) -> SyncReport:
-  """The report of a version that must not reach any server: each is fenced, none was asked.
-
-  The servers still hold sound weights, but of a version that the run has left behind.
-  """
-  servers = [
-    ServerSync(url, f"{url}: weights v{version}: {reason}", 0.0, {}) for url in control.urls
-  ]
-  for server in servers:
-    control.fence(server.url, server.reason or "")
-  return SyncReport(version=version, mode=mode, bound=0.0, servers=servers, seconds=0.0)
-
-
-async def _sync_server(
+async def sync_server(
   control: ServerControl,
   url: str,
   *,
-  path: str | os.PathLike[str],
+  load: Load,
   version: int,
   mode: str,
   canary: Canary,
   bound: float,
-  key: str,
 ) -> ServerSync:
+  """Brings weights to one server and checks them; fences nothing.
+
+  Args:
+    control: carries the calls; each has its time limit.
+    url: of the server.
+    load: how the weights get there.
+    version, mode, canary, bound: as for `sync`.
+
+  Returns:
+    How it went; no failure of the server raises.
+  """
+  check(version=version, mode=mode, bound=bound)
   clock = asyncio.get_running_loop().time
   started = clock()
   parts: dict[str, float] = {}
   reasons: list[str] = []
+  answered = True
 
-  def note(part: str, outcomes: Mapping[str, Outcome]) -> Outcome:
-    outcome = outcomes[url]
+  def note(part: str, outcome: Outcome) -> Outcome:
+    nonlocal answered
     parts[part] = outcome.seconds
     if outcome.error is not None:
       reasons.append(f"{part} failed: {outcome.error}")
+      answered = answered and outcome.answered
     return outcome
 
   try:
-    if note("pause", await control.pause(mode, urls=[url])).ok:
-      flush = mode == "retract"
-      note("update", await control.update_weights(path, version, flush_cache=flush, urls=[url]))
+    if note("pause", (await control.pause(mode, urls=[url]))[url]).ok:
+      note("load", await load(control, url, mode == "retract"))
   finally:
     # Also after a failure or a cancellation: a server left paused would hold its requests for ever.
-    note("resume", await control.resume(urls=[url]))
+    note("resume", (await control.resume(urls=[url]))[url])
   difference = None
   if not reasons:
-    scored = note("canary", await control.score(canary.ids, extra_key=key, urls=[url]))
+    # The random part keeps the key fresh also when a version is synced again after a restart:
+    # scores from a cache filled by other weights would prove nothing.
+    key = f"canary-{version}-{secrets.token_hex(8)}"
+    scores = await control.score(canary.ids, extra_key=key, new_tokens=1, urls=[url])
+    scored = note("first_token", scores[url])
     if scored.value is not None:
       difference = float(
         np.max(np.abs(scored.value.logprobs[1:] - np.asarray(canary.logprobs)[1:]))
@@ -214,4 +266,4 @@ async def _sync_server(
           f"canary logprobs: expected within {bound:g} of the trainer's, got {difference:.3g} off"
         )
   reason = f"{url}: weights v{version}: {'; '.join(reasons)}" if reasons else None
-  return ServerSync(url, reason, clock() - started, parts, difference)
+  return ServerSync(url, reason, clock() - started, parts, difference, answered)

@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import logging
-import pathlib
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from intellect3 import rollout_log, summary, telemetry, types
-from intellect3.inference import control, launch, transport, weight_sync
+from intellect3.inference import fleet, transport
 from intellect3.losses import advantages
+from intellect3.rl import checks, serving
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.rollouts import difficulty, filters, link, scheduler
 from intellect3.rollouts import orchestrator as orchestrator_lib
@@ -33,10 +33,16 @@ def orchestrator(
   group_filters: filters.Filters | None = None,
   advantage_fn: filters.AdvantageFn = advantages.group_mean,
   sync_mode: str = "in_place",
+  sync_transport: str = "disk",
+  sync_bucket_bytes: int = 64 * 2**20,
+  sync_timeout_seconds: float = 600.0,
+  sync_patience_seconds: float = 30.0,
   canary_bound: float | None = 1e-4,
   verify_fingerprints: bool = True,
   evaluation_tasks: int = 0,
   server_start_seconds: float = 600.0,
+  server_poll_seconds: float = 2.0,
+  server_patience_seconds: float = 600.0,
 ) -> Main:
   """Builds the orchestrator.
 
@@ -53,12 +59,19 @@ def orchestrator(
     group_filters: which rollouts carry no gradient.
     advantage_fn: from rewards and group ids to advantages.
     sync_mode: `in_place` keeps running requests' cache over an update, `retract` recomputes it.
+    sync_transport: `disk` (servers read the run directory) or `tensor` (weights are sent by HTTP).
+    sync_bucket_bytes: how much `tensor` sends at a time.
+    sync_timeout_seconds: for one call to a server while its weights are synced.
+    sync_patience_seconds: how long, at least, servers may take for a sync longer than the first of
+      them; one that takes longer is left out until it is done.
     canary_bound: largest difference of a canary logprob, server against trainer; None calibrates it
       at the first sync (three times the difference seen then, at least 1e-4), for bfloat16 servers.
     verify_fingerprints: compare every published tensor's bytes with its manifest before a server
       gets them; reads the weights once.
     evaluation_tasks: held-out tasks per environment, greedy, at the first and last version.
-    server_start_seconds: how long servers may take to answer.
+    server_start_seconds: how long servers may take to answer at the start.
+    server_poll_seconds: how often to look at the servers, and at the list of them (`servers.txt`).
+    server_patience_seconds: how long the run waits for one to come back when there is none.
 
   Raises:
     NotStarted, ValueError: a parameter is not fit.
@@ -74,13 +87,23 @@ def orchestrator(
     temperature=temperature,
     seed=shared.seed,
   )
-  if sync_mode not in weight_sync.MODES:
-    raise NotStarted(f"sync_mode: expected one of {list(weight_sync.MODES)}, got {sync_mode!r}")
-  if (canary_bound is not None and canary_bound <= 0) or evaluation_tasks < 0:
-    raise NotStarted(
-      "canary_bound, evaluation_tasks: expected > 0 and >= 0, "
-      f"got {canary_bound}, {evaluation_tasks}"
-    )
+  for field, value in (
+    ("server_poll_seconds", server_poll_seconds),
+    ("sync_patience_seconds", sync_patience_seconds),
+    ("server_patience_seconds", server_patience_seconds),
+  ):
+    checks.number(field, value, 0, above=True)
+  serving_settings = serving.Settings(
+    sync_mode=sync_mode,
+    transport=sync_transport,
+    bucket_bytes=sync_bucket_bytes,
+    canary_bound=canary_bound,
+    verify_fingerprints=verify_fingerprints,
+    start_seconds=server_start_seconds,
+    timeout_seconds=sync_timeout_seconds,
+    fleet=fleet.Settings(poll_seconds=server_poll_seconds, patience_seconds=sync_patience_seconds),
+  )
+  checks.integer("evaluation_tasks", evaluation_tasks, 0)
   if set(shared.environment_weights) != set(shared.environments):
     raise NotStarted(
       f"environment_weights: expected {sorted(shared.environments)}, "
@@ -100,51 +123,29 @@ def orchestrator(
     sampler = make_sampler(sizes)
     return scheduler.Scheduler(settings, sampler, group_filters or filters.Filters(), advantage_fn)
 
-  bound = canary_bound
-
-  async def sync(servers: control.ServerControl, version: int) -> weight_sync.SyncReport:
-    nonlocal bound
-    directory = manifests.version_directory(shared.weights_dir, version).absolute()
-    if verify_fingerprints:
-      wrong = await asyncio.to_thread(manifests.verify, directory)
-      if wrong:
-        return weight_sync.refused(servers, version, sync_mode, _damage(directory, wrong))
-    manifest = manifests.read(shared.weights_dir, version)
-    report = await weight_sync.sync(
-      servers,
-      path=directory,
-      version=version,
-      mode=sync_mode,
-      canary=weight_sync.Canary(manifest.canary_ids, manifest.canary_logprobs),
-      bound=1.0 if bound is None else bound,
-    )
-    if bound is None:
-      differences = [server.max_difference or 0.0 for server in report.servers]
-      bound = max(1e-4, 3 * max(differences, default=0.0))
-      logger.info("canary bound calibrated at version %d: %g", version, bound)
-    return report
-
   async def run() -> None:
     http = transport.HttpTransport()
-    servers = control.ServerControl(http, shared.server_urls, vocab_size=shared.renderer.vocab_size)
     published = asyncio.Event()
     with _Reporter(shared) as reporter:
       closing: list[Callable[[int], None]] = []
+      hands: list[serving.Serving] = []
       orchestrator = orchestrator_lib.Orchestrator(
         make_scheduler=make_scheduler,
         ports=orchestrator_lib.Ports(
           next_version=lambda version: _next_version(shared, published, version),
-          sync=lambda version: sync(servers, version),
+          sync=lambda version: hands[0].sync(version),
           commit=_committer(shared),
           batch_committed=lambda step: closing[0](step),
           dispatched=reporter.dispatched,
           report=reporter.step,
           report_evaluation=reporter.evaluation,
+          server_metrics=lambda: hands[0].metrics(),
           status=reporter.status,
         ),
         num_workers=max(1, shared.num_workers),
         steps=shared.steps,
         seed=shared.seed,
+        server_patience_seconds=server_patience_seconds,
         evaluation_tasks=evaluation_tasks,
         scheduler_state=reporter.scheduler_state,
         dispatched=reporter.dispatched_before,
@@ -156,38 +157,24 @@ def orchestrator(
         poll_seconds=2.0,
       )
       closing.append(server.batch_committed)
+      hands.append(serving.Serving(shared, http, serving_settings, orchestrator))
       host, _, port = shared.orchestrator_url.removeprefix("http://").rpartition(":")
       await server.start(host, int(port))
       local: link.InProcessLink | None = None
       try:
         reporter.status("starting servers", {})
-        await _wait_for_servers(http, shared, server_start_seconds)
+        await hands[0].start()
         if shared.num_workers == 0:
           local = link.InProcessLink(orchestrator, make_worker)
         await _until_terminated(orchestrator.run())
       finally:
         if local is not None:
           await local.close()
+        await hands[0].close()
         await server.close()
         await http.close()
 
   return lambda: asyncio.run(run())
-
-
-def _damage(directory: pathlib.Path, wrong: Sequence[str]) -> str:
-  more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-  return f"fingerprints of {directory.name} differ from its manifest: {', '.join(wrong[:5])}{more}"
-
-
-async def _wait_for_servers(
-  http: transport.HttpTransport, shared: Shared, timeout_seconds: float
-) -> None:
-  await asyncio.gather(
-    *(
-      launch.wait_until_healthy(http, url, timeout_seconds, alive=lambda: True)
-      for url in shared.server_urls
-    )
-  )
 
 
 async def _until_terminated(work: Any) -> None:

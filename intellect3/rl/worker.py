@@ -25,9 +25,13 @@ def worker(
   max_new_tokens: int,
   max_tokens: int,
   max_concurrency: int = 256,
+  segment_tokens: int = 4096,
+  spill_requests: int = 16,
   retries: int = 5,
   backoff_seconds: float = 0.2,
   timeout_seconds: float = 600.0,
+  grace_seconds: float = 10.0,
+  wait_seconds: float = 600.0,
 ) -> Callable[[Callable[[messages.FromWorker], None]], worker_lib.Worker]:
   """Builds the factory of one worker.
 
@@ -36,10 +40,16 @@ def worker(
     index: of this worker among its kind.
     max_new_tokens: bound on one generation.
     max_tokens: bound on a trajectory, prompt included.
-    max_concurrency: requests on one server at a time.
+    max_concurrency: requests of this worker on one server at a time; further ones wait.
+    segment_tokens: most tokens that one request asks for; a longer generation is made of several,
+      so that what ends one costs no more than a segment.
+    spill_requests: how many requests more than the least busy server the one of a group or
+      conversation may have before others are preferred.
     retries: failures in a row that a generation survives.
     backoff_seconds: before the first retry; doubles.
-    timeout_seconds: for one request.
+    timeout_seconds: for one segment; then it is aborted, and goes on with what it has.
+    grace_seconds: how long an aborted segment may take to hand over its tokens.
+    wait_seconds: how long a generation may wait for a server with room.
 
   Raises:
     NotStarted: a parameter is not fit.
@@ -48,11 +58,15 @@ def worker(
     ("max_new_tokens", max_new_tokens, 1),
     ("max_tokens", max_tokens, 1),
     ("max_concurrency", max_concurrency, 1),
+    ("segment_tokens", segment_tokens, 1),
+    ("spill_requests", spill_requests, 0),
     ("retries", retries, 0),
   ):
     checks.integer(f"worker.{field}", value, least)
   checks.number("worker.backoff_seconds", backoff_seconds, 0)
+  checks.number("worker.grace_seconds", grace_seconds, 0)
   checks.number("worker.timeout_seconds", timeout_seconds, 0, above=True)
+  checks.number("worker.wait_seconds", wait_seconds, 0, above=True)
 
   environments = ", ".join(sorted(shared.environments))
 
@@ -62,15 +76,15 @@ def worker(
       http,
       vocab_size=shared.renderer.vocab_size,
       max_concurrency=max_concurrency,
+      max_wait_seconds=wait_seconds,
+      spill=spill_requests,
+      segment_tokens=segment_tokens,
       retries=retries,
       backoff_seconds=backoff_seconds,
       timeout_seconds=timeout_seconds,
+      grace_seconds=grace_seconds,
       seed=shared.seed + index,
     )
-    version = [0]
-
-    def set_version(new: int) -> None:
-      version[0] = new
 
     def make_conversation(dispatch: messages.Dispatch) -> conversation.RecordedConversation:
       return conversation.RecordedConversation(
@@ -81,7 +95,7 @@ def worker(
         temperature=dispatch.temperature,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
-        version=lambda: version[0],
+        affinity=f"{dispatch.purpose}-{dispatch.group_id}",
       )
 
     async def release() -> None:
@@ -97,7 +111,6 @@ def worker(
       pool=pool,
       send=send,
       log_dir=shared.log_dir,
-      version_changed=set_version,
       release=release,
       write_sample=_sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt"),
     )

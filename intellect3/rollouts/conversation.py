@@ -34,7 +34,9 @@ class Pool(Protocol):
     stop_token_ids: Sequence[int],
     seed: int | None,
     rid: str,
-    extra_key: str | Callable[[], str] | None = None,
+    affinity: str | None = None,
+    prefer: str | None = None,
+    known_tokens: int = 0,
   ) -> Generation: ...
 
 
@@ -90,7 +92,7 @@ class RecordedConversation:
     temperature: float,
     max_new_tokens: int,
     max_tokens: int,
-    version: Callable[[], int],
+    affinity: str | None = None,
     now: Callable[[], float] | None = None,
   ):
     """Begins a conversation.
@@ -103,7 +105,7 @@ class RecordedConversation:
       temperature: of every turn; 0 is greedy.
       max_new_tokens: at most this many tokens per turn.
       max_tokens: context: prompt and sampled tokens of a branch together.
-      version: the policy version that new requests should carry in their cache key.
+      affinity: name of the group whose members share the first prompt; they are sent to one server.
       now: seconds; None for the running event loop's clock.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("max_tokens", max_tokens)):
@@ -118,18 +120,20 @@ class RecordedConversation:
     self._temperature = temperature
     self._max_new_tokens = max_new_tokens
     self._max_tokens = max_tokens
-    self._version = version
+    self._affinity = affinity
     self._now = now
     self._random = random.Random(derive_seed(seed, "random"))
     self._messages: list[Message] = []
     self._tools: Sequence[Mapping[str, Any]] | None = None
     self._branches: list[_Branch] = []
     self._servers: dict[str, None] = {}
+    self._home: str | None = None
     self._turns = 0
     self._busy = False
     self._effect_counts: dict[str, int] = {}
     self.effects: list[Effect] = []
     self.truncated = False
+    self.reprefilled_tokens = 0
 
   @property
   def random(self) -> random.Random:
@@ -214,7 +218,9 @@ class RecordedConversation:
       stop_token_ids=self._renderer.stop_token_ids,
       seed=derive_seed(self._seed, "turn", turn),
       rid=f"{self._rid}-{turn}",
-      extra_key=lambda: str(self._version()),
+      affinity=self._affinity,
+      prefer=self._home,
+      known_tokens=len(branch.tokens) - 1 if branch is not None else 0,
     )
     # Recorded only now, so that a turn that failed leaves the conversation as it was.
     self._turns += 1
@@ -225,7 +231,9 @@ class RecordedConversation:
     branch.tokens = [*prompt, *sampled]
     branch.sampled.append((len(prompt), generation))
     self._tools = tools
-    self._servers[generation.server] = None
+    self._home = generation.server
+    self._servers |= dict.fromkeys(generation.servers or (generation.server,))
+    self.reprefilled_tokens += generation.reprefilled_tokens
     self.truncated |= generation.finish_reason == "length"
     parsed = self._renderer.parse(sampled)
     reply: dict[str, Any] = {"role": "assistant", "content": parsed.content}

@@ -62,10 +62,15 @@ class WriteBatch(msgspec.Struct, frozen=True, kw_only=True, tag="write_batch"):
 
 
 class Servers(msgspec.Struct, frozen=True, kw_only=True, tag="servers"):
-  """The servers that may be used, and the version that new requests carry in their cache key."""
+  """The servers that may be used, and the version of the weights that each has."""
 
-  urls: Sequence[str]
-  version: int
+  versions: Mapping[str, int]
+
+
+class Loads(msgspec.Struct, frozen=True, kw_only=True, tag="loads"):
+  """What servers say they have, of all their clients: (running, waiting) by url."""
+
+  loads: Mapping[str, tuple[int, int]]
 
 
 class Fence(msgspec.Struct, frozen=True, kw_only=True, tag="fence"):
@@ -91,6 +96,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
   """What the orchestrator needs to know of a finished rollout.
 
   `reward` is None exactly where `error` is set. Versions are those of sampled tokens.
+  `reprefilled_tokens`: tokens of the conversation that a server had to compute again.
   """
 
   rollout_id: int
@@ -107,6 +113,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
   servers: Sequence[str]
   metrics: Mapping[str, float]
   seconds: float
+  reprefilled_tokens: int = 0
 
 
 class BatchWritten(msgspec.Struct, frozen=True, kw_only=True, tag="batch_written"):
@@ -125,7 +132,7 @@ class WorkerFailed(msgspec.Struct, frozen=True, kw_only=True, tag="worker_failed
   reason: str
 
 
-ToWorker = Dispatch | Cancel | Forget | WriteBatch | Servers | Fence | Shutdown
+ToWorker = Dispatch | Cancel | Forget | WriteBatch | Servers | Loads | Fence | Shutdown
 FromWorker = Hello | RolloutSummary | BatchWritten | WorkerFailed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -29,6 +29,7 @@ class Orchestrator:
     num_workers: how many workers must have said hello before anything starts.
     steps: last training step.
     seed: run seed.
+    server_patience_seconds: how long the run goes on without any server.
     evaluation_tasks: held-out tasks per environment evaluated greedily at the first and last
       version; 0 for none.
     scheduler_state: of the last manifest, on a resume.
@@ -43,6 +44,7 @@ class Orchestrator:
     num_workers: int,
     steps: int,
     seed: int,
+    server_patience_seconds: float = 600.0,
     evaluation_tasks: int = 0,
     scheduler_state: Mapping[str, Any] | None = None,
     dispatched: int = 0,
@@ -60,8 +62,11 @@ class Orchestrator:
     self._links: dict[str, Link] = {}
     self._owner: dict[int, str] = {}  # rollout -> worker, until it is forgotten
     self._load: dict[str, int] = {}
-    self._servers: Sequence[str] = ()
+    self._server_patience_seconds = server_patience_seconds
+    self._versions: Mapping[str, int] = {}  # of the servers that may be used
     self._fenced: dict[str, int] = {}
+    self._no_servers: asyncio.TimerHandle | None = None
+    self._news = asyncio.Event()  # of servers
     self._unbatched: dict[int, messages.RolloutSummary] = {}
     self._evaluation: dict[int, asyncio.Future[messages.RolloutSummary]] = {}
     self._commit_task: asyncio.Task[None] | None = None
@@ -84,8 +89,8 @@ class Orchestrator:
     self._sizes = hello.sizes
     self._links[link.name] = link
     self._load[link.name] = 0
-    if self._servers and self._scheduler is not None:
-      link.post(messages.Servers(urls=self._servers, version=self._scheduler.version))
+    if self._versions:
+      link.post(messages.Servers(versions=self._versions))
     if len(self._links) >= self._num_workers:
       self._workers_ready.set()
     self._pump()
@@ -121,6 +126,48 @@ class Orchestrator:
       case _:
         self._fail(f"worker {name}: unexpected message {type(message).__name__}")
     self._pump()
+
+  # What happens to the servers, from `Ports.sync` and whoever watches over them.
+
+  def servers(self, versions: Mapping[str, int]) -> None:
+    """These servers may be used from now on, and have these versions of the weights."""
+    self._versions = dict(versions)
+    if self._no_servers is not None:
+      self._no_servers.cancel()
+      self._no_servers = None
+    if not versions:
+      reason = f"no server is left, for {self._server_patience_seconds:g} s"
+      loop = asyncio.get_running_loop()
+      self._no_servers = loop.call_later(self._server_patience_seconds, self._fail, reason)
+    for url in versions:
+      self._fenced.pop(url, None)
+    for link in self._links.values():
+      link.post(messages.Servers(versions=self._versions))
+    if self._scheduler is not None and versions:
+      self._scheduler.weights(max(self._scheduler.version, *versions.values()))
+    self._news.set()
+    self._pump()
+
+  def loads(self, loads: Mapping[str, tuple[int, int]]) -> None:
+    """How busy servers are, (running, waiting), for the workers' balance."""
+    for link in self._links.values():
+      link.post(messages.Loads(loads=loads))
+
+  def failed(self, url: str, version: int, reason: str, *, for_good: bool) -> None:
+    """What a server made with this version or newer is not to be trusted."""
+    self._fenced[url] = version
+    if for_good:
+      for link in self._links.values():
+        link.post(messages.Fence(url=url, version=version, reason=reason))
+    poisoned = [
+      key
+      for key, summary in self._unbatched.items()
+      if url in summary.servers and summary.newest_version >= version
+    ]
+    for rollout_id in poisoned:
+      self._release(rollout_id)
+    if self._scheduler is not None:
+      self._scheduler.lost(poisoned, "server fenced")
 
   def _finished(self, summary: messages.RolloutSummary) -> None:
     owner = self._owner.get(summary.rollout_id)
@@ -177,21 +224,22 @@ class Orchestrator:
       scheduler.restore(self._scheduler_state)
     scheduler.accounting.cancel_lost(self._dispatched)
     self._ports.status("loading weights into the servers", {})
-    await self._sync(-1)
+    version = await self._sync(-1)
     if self._evaluation_tasks and scheduler.version == 0:
       await self._evaluate()
     self._collecting = True
     self._window.start(asyncio.get_running_loop().time())
     self._ports.status("training", {})
     self._pump()
-    while scheduler.version < self._steps:
-      await self._sync(scheduler.version)
+    while version < self._steps:
+      version = await self._sync(version)
       self._pump()
     if self._evaluation_tasks:
       await self._evaluate()
     self._ports.status("done", scheduler.accounting.counts())
 
-  async def _sync(self, version: int) -> None:
+  async def _sync(self, version: int) -> int:
+    """Waits for a newer version and brings it to the servers; returns it."""
     assert self._scheduler is not None
     version = await self._ports.next_version(version)
     self._syncing = True  # no batch is planned on tokens whose weights are not yet checked
@@ -199,27 +247,14 @@ class Orchestrator:
       report = await self._ports.sync(version)
     finally:
       self._syncing = False
-    self._window.add_sync(report.seconds)
-    for url, reason in report.fenced.items():
-      logger.error("server %s is fenced at version %d: %s", url, version, reason)
-      self._fenced[url] = version
-      for link in self._links.values():
-        link.post(messages.Fence(url=url, version=version, reason=reason))
-      poisoned = [
-        key
-        for key, summary in self._unbatched.items()
-        if url in summary.servers and summary.newest_version >= version
-      ]
-      for rollout_id in poisoned:
-        self._release(rollout_id)
-      self._scheduler.lost(poisoned, "server fenced")
-    self._servers = report.healthy
-    if not report.healthy:
-      reasons = "; ".join(f"{url}: {reason}" for url, reason in report.fenced.items())
+    self._window.add_sync(report.seconds, report.metrics)
+    if not report.healthy and not report.lost:
+      reasons = "; ".join(report.fenced.values())
       raise RunFailed(f"no server is left after the sync of version {version}: {reasons}")
-    self._scheduler.weights(version)
-    for link in self._links.values():
-      link.post(messages.Servers(urls=self._servers, version=version))
+    while self._scheduler.version < version:  # all are lost; the first to come back brings it
+      self._news.clear()
+      await self._news.wait()
+    return version
 
   def _pump(self) -> None:
     """Does what the scheduler allows now: forget, dispatch, plan a batch."""
@@ -227,7 +262,7 @@ class Orchestrator:
     if scheduler is None or not self._collecting or not self._links:
       return
     try:
-      started = scheduler.dispatch()
+      started = scheduler.dispatch() if self._versions else []
       if started:  # kept before it is sent: what a crash loses must have been counted
         self._ports.dispatched(scheduler.accounting.counts()["dispatched"])
       for dispatch in started:
@@ -310,7 +345,7 @@ class Orchestrator:
       return
     scheduler.commit(plan)
     now = asyncio.get_running_loop().time()
-    metrics = self._window.close(plan, scheduler, now)
+    metrics = self._window.close(plan, scheduler, now, self._ports.server_metrics())
     await self._ports.commit(reports.manifest(plan, shards, metrics, scheduler.state()))
     self._forget(list(plan.advantages))
     self._ports.report(plan.step, metrics)

@@ -34,7 +34,13 @@ class SyncResult(Protocol):
   def fenced(self) -> Mapping[str, str]: ...
 
   @property
+  def lost(self) -> Sequence[str]: ...
+
+  @property
   def seconds(self) -> float: ...
+
+  @property
+  def metrics(self) -> Mapping[str, float]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +49,14 @@ class Ports:
 
   Attributes:
     next_version: waits until a version newer than its argument is published; returns the newest.
-    sync: brings that version to the servers and checks it (contract 8).
+    sync: brings that version to the servers and checks it (contract 8); `Orchestrator.servers` is
+      told of each server that has it.
     commit: makes a manifest visible.
     batch_committed: tells whoever waits that this step's batch is there.
     dispatched: keeps how many rollouts were dispatched in all, for the accounting of a restart.
     report: takes a metrics row of a step.
     report_evaluation: takes the scores of an evaluation of a version.
+    server_metrics: what the servers counted since the last call, for the metrics row of a step.
     status: takes the phase the run is in, for people.
   """
 
@@ -59,4 +67,5 @@ class Ports:
   dispatched: Callable[[int], None]
   report: Callable[[int, Mapping[str, float]], None]
   report_evaluation: Callable[[int, Mapping[str, float]], None]
+  server_metrics: Callable[[], Mapping[str, float]]
   status: Callable[[str, Mapping[str, Any]], None]

@@ -18,7 +18,7 @@ class Window:
     self._started = 0.0
     self._finished: list[messages.RolloutSummary] = []
     self._scored: list[messages.RolloutSummary] = []  # of groups that no row has told of yet
-    self._syncs: list[float] = []
+    self._syncs: list[tuple[float, Mapping[str, float]]] = []
 
   def start(self, now: float) -> None:
     """Begins a window at `now`, in seconds of the event loop."""
@@ -31,12 +31,21 @@ class Window:
     if summary.reward is not None:
       self._scored.append(summary)
 
-  def add_sync(self, seconds: float) -> None:
-    """A weight sync ended."""
-    self._syncs.append(seconds)
+  def add_sync(self, seconds: float, metrics: Mapping[str, float]) -> None:
+    """A weight sync ended, with what it says of its parts."""
+    self._syncs.append((seconds, metrics))
 
-  def close(self, plan: BatchPlan, scheduler: Scheduler, now: float) -> dict[str, float]:
-    """The metrics row of the step just committed; begins the next window."""
+  def close(
+    self, plan: BatchPlan, scheduler: Scheduler, now: float, servers: Mapping[str, float]
+  ) -> dict[str, float]:
+    """The metrics row of the step just committed; begins the next window.
+
+    Args:
+      plan: the batch.
+      scheduler: after the commit.
+      now: seconds of the event loop.
+      servers: what the servers counted in this window.
+    """
     seconds = now - self._started
     sampled = sum(summary.sampled_tokens for summary in self._finished)
     # A group's rewards belong to the row of its batch; one that the filters kept out of every
@@ -52,12 +61,16 @@ class Window:
       **{f"ended/{key}": float(n) for key, n in scheduler.accounting.reasons().items()},
       **{f"pool/{key}": float(n) for key, n in scheduler.pool_counts().items()},
       **_stale_by_length(scheduler.take_ended_lengths()),
+      "reprefilled_tokens/continued": float(sum(s.reprefilled_tokens for s in self._finished)),
+      **servers,
     }
     if scored:
       row["rollout_seconds"] = statistics.median(summary.seconds for summary in scored)
       row |= _rewards(scored)
     if self._syncs:
-      row["weight_sync_seconds"] = statistics.median(self._syncs)
+      row["weight_sync_seconds"] = statistics.median(seconds for seconds, _ in self._syncs)
+      for key in dict.fromkeys(key for _, metrics in self._syncs for key in metrics):
+        row[key] = statistics.median(m[key] for _, m in self._syncs if key in m)
     self.start(now)
     return row
 

@@ -30,7 +30,9 @@ SampleWriter = Callable[[int, types.Rollout, float], None]
 class Pool(Protocol):
   """The part of `inference.client.ServerPool` that a worker steers."""
 
-  def set_servers(self, urls: Iterable[str]) -> None: ...
+  def set_servers(self, urls: Iterable[str], versions: Mapping[str, int] | None = None) -> None: ...
+
+  def set_loads(self, loads: Mapping[str, tuple[int, int]]) -> None: ...
 
   def fence(self, url: str, reason: str) -> None: ...
 
@@ -54,7 +56,6 @@ class Worker:
     log_dir: the RolloutLog.
     write_shard: how a shard is written.
     write_sample: shows one rollout of each batch to people; None for not at all.
-    version_changed: told the version that new requests should carry.
     release: frees what the worker was given (connections), at its end.
   """
 
@@ -67,7 +68,6 @@ class Worker:
     pool: Pool,
     send: Callable[[messages.FromWorker], None],
     log_dir: pathlib.Path,
-    version_changed: Callable[[int], None],
     release: Callable[[], Awaitable[None]],
     write_shard: ShardWriter = write_shard_in_thread,
     write_sample: SampleWriter | None = None,
@@ -78,7 +78,6 @@ class Worker:
     self._pool = pool
     self._send = send
     self._log_dir = log_dir
-    self._version_changed = version_changed
     self._release = release
     self._write_shard = write_shard
     self._write_sample = write_sample
@@ -113,9 +112,10 @@ class Worker:
           self._finished.pop(rollout_id, None)
       case messages.WriteBatch():
         self._spawn(self._write(message))
-      case messages.Servers(urls=urls, version=version):
-        self._pool.set_servers(urls)
-        self._version_changed(version)
+      case messages.Servers(versions=versions):
+        self._pool.set_servers(versions, versions)
+      case messages.Loads(loads=loads):
+        self._pool.set_loads(loads)
       case messages.Fence(url=url, reason=reason):
         self._pool.fence(url, reason)
       case messages.Shutdown():
@@ -168,7 +168,7 @@ class Worker:
     )
     if dispatch.purpose == "train" and error is None:
       self._finished[dispatch.rollout_id] = rollout
-    self._send(_summarize(rollout, dispatch.purpose, conversation.servers(), clock() - started))
+    self._send(_summarize(rollout, dispatch.purpose, conversation, clock() - started))
 
   async def _write(self, batch: messages.WriteBatch) -> None:
     path = (
@@ -196,7 +196,7 @@ class Worker:
 
 
 def _summarize(
-  rollout: types.Rollout, purpose: str, servers: Iterable[str], seconds: float
+  rollout: types.Rollout, purpose: str, conversation: RecordedConversation, seconds: float
 ) -> messages.RolloutSummary:
   versions = [
     trajectory.policy_versions[trajectory.policy_versions != types.NOT_SAMPLED]
@@ -215,9 +215,10 @@ def _summarize(
     sampled_tokens=sampled.size,
     oldest_version=int(sampled.min()) if sampled.size else types.NOT_SAMPLED,
     newest_version=int(sampled.max()) if sampled.size else types.NOT_SAMPLED,
-    servers=sorted(servers),
+    servers=sorted(conversation.servers()),
     metrics=dict(rollout.metrics),
     seconds=seconds,
+    reprefilled_tokens=conversation.reprefilled_tokens,
   )
 
 

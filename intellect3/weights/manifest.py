@@ -128,7 +128,7 @@ def tensor_fingerprints(path: str | os.PathLike[str]) -> dict[str, int]:
   """
   fingerprints = {}
   with open(path, "rb") as file:
-    header, start = _header(file)
+    header, start = read_header(file)
     for name, entry in header.items():
       first, last = entry["data_offsets"]
       file.seek(start + first)
@@ -146,10 +146,10 @@ def tensor_fingerprints(path: str | os.PathLike[str]) -> dict[str, int]:
 def tensor_dtypes(path: str | os.PathLike[str]) -> dict[str, str]:
   """The dtype of each tensor in a safetensors file, by name."""
   with open(path, "rb") as file:
-    return {name: entry["dtype"] for name, entry in _header(file)[0].items()}
+    return {name: entry["dtype"] for name, entry in read_header(file)[0].items()}
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
   """A safetensors file's tensor entries, and the offset of its first tensor's bytes."""
   prefix = file.read(8)
   size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

@@ -175,8 +175,10 @@ def test_the_cache_key_is_read_when_a_request_is_sent():
 def test_timeouts_are_transport_errors():
   server = FakeServer()
   server.script.append("hang")
-  with pytest.raises(TransportError, match="timeout"):
-    run_virtual(generate(make_pool(FakeTransport(a=server), retries=0, timeout_seconds=3.0)))
+  pool = make_pool(FakeTransport(a=server), retries=0, timeout_seconds=3.0, grace_seconds=2.0)
+  with pytest.raises(TransportError, match="no answer within 5 s, an abort included"):
+    run_virtual(generate(pool))
+  assert server.log == ["/generate", "/abort_request"] and pool.timed_out == 1
 
 
 _FAULTS = st.sampled_from(

@@ -42,7 +42,7 @@ def test_a_sync_pauses_updates_continues_and_scores(mode, flushed):
     assert (server.mode, server.flushed, server.version) == (mode, flushed, "3")
     assert server.running.is_set()
   assert all(entry.max_difference < 1e-6 for entry in report.servers)
-  assert report.parts == {"pause": 0.0, "update": 0.0, "resume": 0.0, "canary": 1.0}
+  assert report.parts == {"pause": 0.0, "load": 0.0, "resume": 0.0, "first_token": 1.0}
   assert report.seconds == 1.0
 
 
@@ -53,7 +53,7 @@ def test_the_canary_has_a_key_never_used_before():
   run_sync(control)
   keys = [body["extra_key"] for body in server.seen]
   assert len(set(keys)) == 2 and all(key.startswith("canary-3-") for key in keys)
-  assert server.seen[0]["sampling_params"]["max_new_tokens"] == 0
+  assert server.seen[0]["sampling_params"]["max_new_tokens"] == 1
   assert server.seen[0]["logprob_start_len"] == 0
 
 
@@ -109,7 +109,7 @@ def test_a_failed_update_fences_and_leaves_nothing_paused():
     {"success": False, "message": "Weights were updated, but the cache was not"},
   )
   report = run_sync(make_control(a=server))
-  assert "update failed" in report.fenced["http://a"]
+  assert "load failed" in report.fenced["http://a"]
   assert "Weights were updated" in report.fenced["http://a"]
   assert server.running.is_set() and "/generate" not in server.log
 

@@ -264,7 +264,7 @@ def test_a_missing_checkpoint_fences_and_the_server_goes_on(server, checkpoints)
       return report, generation, info
 
   report, generation, info = asyncio.run(run())
-  assert "update failed" in report.fenced[server]
+  assert "load failed" in report.fenced[server]
   assert generation.policy_versions.tolist() == [31, 31]
   assert info.value.weight_version == "31"
 
@@ -284,7 +284,6 @@ def test_an_environment_runs_and_its_trajectory_is_what_the_trainer_scores(serve
         temperature=1.0,
         max_new_tokens=12,
         max_tokens=64,
-        version=lambda: 40,
       )
       score = await environment.run(task, conversation)
       await conversation.send([{"role": "user", "content": "again"}])

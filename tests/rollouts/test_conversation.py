@@ -47,7 +47,7 @@ class ScriptedPool:
 def converse(pool, renderer=RENDERER, **options):
   settings = {"seed": 5, "rid": "q", "temperature": 0.5, "max_new_tokens": 8, "max_tokens": 64}
   return RecordedConversation(
-    renderer, pool, **{**settings, "version": lambda: 3, "now": lambda: 12.5, **options}
+    renderer, pool, **{**settings, "affinity": "g", "now": lambda: 12.5, **options}
   )
 
 
@@ -66,7 +66,7 @@ def test_one_turn_by_hand():
   (asked,) = pool.asked
   assert asked["prompt"] == [258, 97, 98, 259]
   assert asked["stop_token_ids"] == (256, 258, 260)
-  assert asked["rid"] == "q-0" and asked["extra_key"]() == "3"
+  assert (asked["rid"], asked["affinity"], asked["prefer"]) == ("q-0", "g", None)
   assert not conversation.truncated
   assert conversation.servers() == ("http://s0",)
   assert conversation.messages == (user("ab"), {"role": "assistant", "content": "ba"})

@@ -41,6 +41,7 @@ class FakeConversation:
 
     self.random = random.Random(dispatch.seed)
     self.truncated = False
+    self.reprefilled_tokens = 2
     self._dispatch, self._version, self._delay = dispatch, version, delay
     self._trajectories = []
 
@@ -67,11 +68,15 @@ class FakeConversation:
 
 
 class FakePool:
-  def __init__(self):
-    self.urls, self.fenced = (), {}
+  def __init__(self, version_changed=lambda version: None):
+    self.urls, self.fenced, self.version_changed = (), {}, version_changed
 
-  def set_servers(self, urls):
+  def set_servers(self, urls, versions=None):
     self.urls = tuple(urls)
+    self.version_changed(max(versions.values(), default=0))
+
+  def set_loads(self, loads):
+    self.loads = loads
 
   def fence(self, url, reason):
     self.fenced[url] = reason
@@ -81,7 +86,9 @@ class FakePool:
 class Sync:
   healthy: tuple = ("http://a",)
   fenced: dict = dataclasses.field(default_factory=dict)
+  lost: tuple = ()
   seconds: float = 0.01
+  metrics: dict = dataclasses.field(default_factory=lambda: {"weight_sync/load_seconds": 0.005})
 
 
 class World:
@@ -109,12 +116,16 @@ class World:
       return newest
 
     async def sync(version):
-      return self.sync_results.get(version, Sync())
+      result = self.sync_results.get(version, Sync())
+      for url, reason in result.fenced.items():
+        machine.failed(url, version, reason, for_good=True)
+      machine.servers(dict.fromkeys(result.healthy, version))
+      return result
 
     async def commit(manifest):
       rollout_log.commit_manifest(self.log_dir, manifest)
 
-    return orchestrator.Orchestrator(
+    machine = orchestrator.Orchestrator(
       **{
         **dict(
           make_scheduler=lambda sizes: make_scheduler(
@@ -128,6 +139,7 @@ class World:
             dispatched=lambda total: None,
             report=self.report,
             report_evaluation=self.evaluations.__setitem__,
+            server_metrics=lambda: {"reprefilled_tokens/retracted": 3.0},
             status=lambda phase, detail: self.phases.append((phase, detail)),
           ),
           num_workers=1,
@@ -137,6 +149,7 @@ class World:
         **changes,
       }
     )
+    return machine
 
   def report(self, step, row):
     self.rows[step] = row
@@ -153,10 +166,9 @@ class World:
       name,
       environments={"coin": self.environment},
       make_conversation=lambda d: FakeConversation(d, lambda: version[0], self.delay),
-      pool=FakePool(),
+      pool=FakePool(lambda new: version.__setitem__(0, new)),
       send=send,
       log_dir=self.log_dir,
-      version_changed=lambda new: version.__setitem__(0, new),
       release=release,
     )
 

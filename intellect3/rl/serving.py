@@ -1,0 +1,202 @@
+"""The orchestrator's hand on the servers: which there are, and how published weights reach them."""
+
+import asyncio
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+
+from intellect3.inference import (
+  control,
+  fleet,
+  launch,
+  tensor_sync,
+  transport,
+  weight_sync,
+)
+from intellect3.rl import checks
+from intellect3.rl.roles import NotStarted, Shared
+from intellect3.rl.servers import ServerList
+from intellect3.weights import manifest as manifests
+from intellect3.weights import tensors
+
+logger = logging.getLogger(__name__)
+
+TRANSPORTS = ("disk", "tensor")
+LEAST_BOUND = 1e-4
+"""Of a canary bound that is calibrated: what float32 servers keep anyway."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """How weights are synced; the orchestrator's parameters of these names.
+
+  Attributes:
+    sync_mode: `in_place` or `retract`.
+    transport: `disk` or `tensor`.
+    bucket_bytes: size of what `tensor` sends at a time.
+    canary_bound: largest difference of a canary logprob; None calibrates it at the first sync.
+    verify_fingerprints: whether to check the published files before a server gets them.
+    start_seconds: how long the first servers may take to answer.
+    timeout_seconds: of one control call.
+    fleet: how patient to be with servers.
+  """
+
+  sync_mode: str
+  transport: str
+  bucket_bytes: int
+  canary_bound: float | None
+  verify_fingerprints: bool
+  start_seconds: float
+  timeout_seconds: float
+  fleet: fleet.Settings
+
+  def __post_init__(self) -> None:
+    for field, value, known in (
+      ("sync_mode", self.sync_mode, weight_sync.MODES),
+      ("transport", self.transport, TRANSPORTS),
+    ):
+      if value not in known:
+        raise NotStarted(f"{field}: expected one of {list(known)}, got {value!r}")
+    if self.canary_bound is not None:
+      checks.number("canary_bound", self.canary_bound, 0, above=True)
+    checks.integer("bucket_bytes", self.bucket_bytes, 1)
+    checks.number("server_start_seconds", self.start_seconds, 0, above=True)
+    checks.number("sync_timeout_seconds", self.timeout_seconds, 0, above=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+  """A published version, ready to be brought to any server."""
+
+  load: weight_sync.Load
+  canary: weight_sync.Canary
+  gigabytes: float
+
+
+class Serving:
+  """Owns the fleet of a run; belongs to one event loop."""
+
+  def __init__(
+    self,
+    shared: Shared,
+    http: transport.Transport,
+    settings: Settings,
+    watcher: fleet.Watcher,
+  ) -> None:
+    self._shared = shared
+    self._settings = settings
+    self._http = http
+    self._bound = settings.canary_bound
+    self._prepared: dict[int, _Prepared] = {}
+    self._control = control.ServerControl(
+      http,
+      shared.server_urls,
+      vocab_size=shared.renderer.vocab_size,
+      timeout_seconds=settings.timeout_seconds,
+    )
+    self._fleet = fleet.Fleet(
+      self._control,
+      bring=self._bring,
+      wanted=ServerList(shared.run_dir, shared.server_urls, shared.orchestrator_url),
+      watcher=watcher,
+      settings=settings.fleet,
+    )
+    self._watch: asyncio.Task | None = None
+
+  async def start(self) -> None:
+    """Waits until the servers of the start answer, then watches over them and the list.
+
+    Raises:
+      TimeoutError: one did not.
+    """
+    await asyncio.gather(
+      *(
+        launch.wait_until_healthy(self._http, url, self._settings.start_seconds, alive=lambda: True)
+        for url in self._shared.server_urls
+      )
+    )
+    self._watch = asyncio.ensure_future(self._fleet.watch())
+
+  async def sync(self, version: int) -> weight_sync.SyncReport:
+    """Brings a published version to all servers and checks it (contract 8)."""
+    settings = self._settings
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    directory = manifests.version_directory(self._shared.weights_dir, version).absolute()
+    if settings.verify_fingerprints:
+      wrong = await asyncio.to_thread(manifests.verify, directory)
+      if wrong:
+        servers = self._fleet.refuse(version, _damage(directory, wrong))
+        return weight_sync.report(version, settings.sync_mode, 0.0, servers, clock() - started)
+    self._prepared = {version: await asyncio.to_thread(self._prepare, version, directory)}
+    servers = await self._fleet.sync(version)
+    bound = self._bound if self._bound is not None else self._calibrate(version, servers)
+    return weight_sync.report(
+      version,
+      settings.sync_mode,
+      bound,
+      servers,
+      clock() - started,
+      gigabytes=self._prepared[version].gigabytes,
+    )
+
+  def metrics(self) -> dict[str, float]:
+    """What the servers counted since the last call, where they tell it."""
+    counted = self._fleet.take_counted()
+    row = {"servers": float(sum(s == "serving" for s in self._fleet.states.values()))}
+    if "reprefilled_tokens" in counted:
+      row["reprefilled_tokens/retracted"] = float(counted["reprefilled_tokens"])
+    if counted.get("prompt_tokens"):
+      row["prefix_hit_share"] = counted.get("cached_tokens", 0) / counted["prompt_tokens"]
+    return row
+
+  async def close(self) -> None:
+    """Ends the watch and what is on its way."""
+    if self._watch is not None:
+      self._watch.cancel()
+      await asyncio.gather(self._watch, return_exceptions=True)
+    await self._fleet.close()
+
+  def _prepare(self, version: int, directory: pathlib.Path) -> _Prepared:
+    manifest = manifests.read(self._shared.weights_dir, version)
+    if self._settings.transport == "disk":
+      load = weight_sync.from_disk(directory, version)
+    else:
+      places = tensors.index(directory)
+      names = tensor_sync.plan_buckets(
+        [(name, place.bytes) for name, place in places.items()], self._settings.bucket_bytes
+      )
+      buckets = tensor_sync.Buckets(names, lambda some: tensors.read(directory, places, some))
+      load = tensor_sync.from_tensors(buckets, version)
+    return _Prepared(
+      load=load,
+      canary=weight_sync.Canary(manifest.canary_ids, manifest.canary_logprobs),
+      gigabytes=sum(file.bytes for file in manifest.files) / 1e9,
+    )
+
+  async def _bring(self, url: str, version: int) -> weight_sync.ServerSync:
+    prepared = self._prepared[version]
+    return await weight_sync.sync_server(
+      self._control,
+      url,
+      load=prepared.load,
+      version=version,
+      mode=self._settings.sync_mode,
+      canary=prepared.canary,
+      bound=1.0 if self._bound is None else self._bound,
+    )
+
+  def _calibrate(self, version: int, servers: Sequence[weight_sync.ServerSync]) -> float:
+    """Takes three times the difference seen at the first sync for the bound of all that follow."""
+    differences = [s.max_difference for s in servers if s.ok and s.max_difference is not None]
+    if not differences:
+      return 1.0
+    self._bound = max(LEAST_BOUND, 3 * max(differences))
+    logger.info("canary bound calibrated at version %d: %g", version, self._bound)
+    return self._bound
+
+
+def _damage(directory: pathlib.Path, wrong: Sequence[str]) -> str:
+  more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+  return f"fingerprints of {directory.name} differ from its manifest: {', '.join(wrong[:5])}{more}"
