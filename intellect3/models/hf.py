@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -134,6 +134,51 @@ def to_hf(config: ModelConfig, params: transformer.Params) -> Iterator[tuple[str
     if slot.entry.inputs is not None:
       tensor = tensor.reshape(shape[::-1]).T
     yield slot.name, np.ascontiguousarray(tensor).reshape(shape)
+
+
+def merge(
+  config: ModelConfig, params: transformer.Params, tensors: Mapping[str, np.ndarray]
+) -> transformer.Params:
+  """Puts some of a checkpoint's tensors in the place of those that params hold.
+
+  Args:
+    config: of the model.
+    params: nested dict of NumPy arrays; not changed.
+    tensors: by the checkpoint's names; converted to the dtype of what they replace.
+
+  Returns:
+    New params; leaves that no tensor belongs to are shared with the old ones.
+
+  Raises:
+    ValueError: one that lists every unknown and misshapen tensor.
+  """
+  shapes, _ = transformer.abstract(config)
+  slots = {slot.name: slot for slot in hf_names.slots(config)}
+  problems = []
+  for name, tensor in tensors.items():
+    if name not in slots:
+      if not hf_names.is_ignored(name, config):
+        problems.append(f"unexpected: {name}")
+      continue
+    expected = hf_names.stored_shape(slots[name].entry, _shape(shapes, slots[name]))
+    if tensor.shape != expected:
+      problems.append(f"misshapen: {name}: expected {list(expected)}, got {list(tensor.shape)}")
+  if problems:
+    raise ValueError("the tensors do not fit the config:\n  " + "\n  ".join(problems))
+  merged = jax.tree.map(lambda leaf: leaf, params)
+  own: set[tuple[str, ...]] = set()
+  for name, tensor in tensors.items():
+    if name not in slots:
+      continue
+    slot = slots[name]
+    path = _path(slot.entry)
+    parent = _leaf(merged, path[:-1])
+    if path not in own:
+      parent[path[-1]] = np.array(parent[path[-1]])
+      own.add(path)
+    value = tensor.T if slot.entry.inputs is not None else tensor
+    parent[path[-1]][slot.at] = value.reshape(_shape(shapes, slot))
+  return merged
 
 
 def save(

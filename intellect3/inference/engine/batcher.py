@@ -188,9 +188,7 @@ class Batcher:
     prefill = None
     if chunks:
       stops = [self._stops(chunk.sequence) for chunk in chunks]
-      prefill = rows.prefill(
-        chunks, self._slots, rows=self._rows, length=self._chunk, stops=stops
-      )
+      prefill = rows.prefill(chunks, self._slots, rows=self._rows, length=self._chunk, stops=stops)
     score = any(chunk.sequence.wants_scores for chunk in chunks)
     decode = None
     if decoding:

@@ -82,10 +82,12 @@ class Device:
     self._params = jax.device_put(params, self._shardings)
     self._slots, self._pages, self._page_size = slots, pages, page_size
     kv_axis = dict(rules.SERVE)["kv_heads"]
+    by_heads: Any
+    everywhere: Any
     by_heads, everywhere = (
       NamedSharding(self._mesh, PartitionSpec(*axes)) for axes in ((None, None, kv_axis), ())
     )
-    self._state_shardings = State(kv_cache.KVCache(by_heads, by_heads), everywhere)
+    self._state_shardings: Any = State(kv_cache.KVCache(by_heads, by_heads), everywhere)
     self._state: State | None = self._empty_state()
     self._host_params: Params | None = None
     # The state leaves every call as it came: else the next one would be compiled anew.

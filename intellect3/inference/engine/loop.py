@@ -297,7 +297,7 @@ class Engine:
   def _stop(self) -> None:
     self._stopping = True
 
-  def _submit(self, sequence: Running) -> None:
+  def _submit(self, sequence: Sequence) -> None:
     asked = sequence.request.seed
     sequence.seed = self._seeds.getrandbits(64) if asked is None else asked
     if self._update is None:

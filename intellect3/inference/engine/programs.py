@@ -145,9 +145,7 @@ def prefill(
     state.counts_SV,
   )
   ids_R, logprobs_R, all_RV = sampler.sample(_logits(last_RD, head_DV), counts_RV, call.sampling)
-  counts_SV = _count(
-    state.counts_SV, call.slots_R, ids_R, call.samples_R, call.sampling.penalizes
-  )
+  counts_SV = _count(state.counts_SV, call.slots_R, ids_R, call.samples_R, call.sampling.penalizes)
   top = sampler.top(all_RV, shape.max_top, call.sampling.top) if shape.max_top else None
   input_logprobs_RT = input_top = None
   if score:

@@ -10,7 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from intellect3.inference.engine.sequence import Sequence
-from intellect3.inference.engine.steps import MAX_STOP_IDS, Decode, Prefill, Sampling, empty_sampling
+from intellect3.inference.engine.steps import (
+  MAX_STOP_IDS,
+  Decode,
+  Prefill,
+  Sampling,
+  empty_sampling,
+)
 
 
 class Chunk(NamedTuple):
@@ -55,9 +61,7 @@ class Slots:
     # A row that was never started: bans, penalties and filters of the last tenant are gone.
     self._sampling.min_new_R[slot] = 0
 
-  def decode(
-    self, running: Seq[Sequence], *, steps: int, quorum: int
-  ) -> Decode:
+  def decode(self, running: Seq[Sequence], *, steps: int, quorum: int) -> Decode:
     """The call that decodes those who were put in."""
     return Decode(
       tokens_S=self._tokens_S,
@@ -134,9 +138,7 @@ def with_wishes(sampling: Sampling, running: Seq[Sequence]) -> Sampling:
   )
 
 
-def set_sampling(
-  sampling: Sampling, row: int, sequence: Sequence, stops: Iterable[int]
-) -> None:
+def set_sampling(sampling: Sampling, row: int, sequence: Sequence, stops: Iterable[int]) -> None:
   """Writes how a sequence samples into its row."""
   request = sequence.request
   sampling.seeds_R2[row] = (sequence.seed >> 32, sequence.seed & 0xFFFF_FFFF)

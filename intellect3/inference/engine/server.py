@@ -10,17 +10,21 @@ import socket
 from types import FrameType
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
+import numpy as np
 import uvicorn
 
 from intellect3.inference.engine import device as devices
-from intellect3.inference.engine import info
-from intellect3.inference.engine.app import Desk, Serving, make_app
+from intellect3.inference.engine.app import make_app
 from intellect3.inference.engine.batcher import Batcher
+from intellect3.inference.engine.desk import Desk
 from intellect3.inference.engine.device import Device
 from intellect3.inference.engine.flags import Settings
 from intellect3.inference.engine.loop import Engine, Weights
-from intellect3.inference.engine.reply import make_decoder
-from intellect3.inference.engine.request import Limits
+from intellect3.inference.engine.pages import Pages
+from intellect3.inference.engine.programs import Shape
+from intellect3.inference.engine.serving import Serving, make_serving
+from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,9 @@ KEEP_ALIVE_SECONDS = 600
 """Longer than any client's: else a connection closes just as the client sends on it."""
 
 FAREWELL_SECONDS = 5.0
+
+CACHE_BYTES = 4 << 30
+"""Most that the cache takes where `--max-total-tokens` does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,33 +55,67 @@ def build(settings: Settings) -> Parts:
   """
   config, params = devices.load(settings.model, dtype=settings.dtype)
   context = settings.context_length or config.max_positions
-  device = Device(config, params, slots=settings.slots, context_length=context)
+  pages = Pages(_num_pages(settings, config, context), settings.page_size)
+  device: Device | None = None
+  # The device comes after whatever can be wrong with flags and files, since it takes long.
+  serving = make_serving(
+    settings,
+    config,
+    context_length=context,
+    max_total_tokens=pages.count * pages.page_size,
+    platform=devices.platform(),
+    prepare=lambda path: _prepare(device, path, settings.dtype),
+    prepare_tensors=lambda tensors: _prepare_tensors(device, tensors),
+  )
   batcher = Batcher(
     slots=settings.slots,
+    pages=pages,
+    context_length=context,
     prefill_rows=settings.prefill_rows,
     prefill_chunk=settings.prefill_chunk,
+    decode_steps=settings.decode_steps,
     eos_token_ids=devices.eos_token_ids(settings.model),
+    deterministic=settings.enable_deterministic_inference,
+    match_stop=_no_stops if serving.text is None else serving.text.match_stop,
+  )
+  device = Device(
+    config,
+    params,
+    slots=settings.slots,
+    pages=pages.count,
+    page_size=pages.page_size,
+    context_length=context,
+    shape=Shape(
+      steps=settings.decode_steps,
+      max_top=min(settings.max_top_logprobs, config.vocab_size),
+      experts=settings.enable_return_routed_experts,
+    ),
+    tensor_parallel=settings.tp_size,
   )
   seconds = device.warm_up(*batcher.padding())
   log.info("%d executables ready in %.1f s", device.compiled, seconds)
-  serving = Serving(
-    limits=Limits(vocab_size=config.vocab_size, context_length=context),
-    max_requests=settings.slots + settings.queue_limit,
-    decode=make_decoder(settings.model),
-    prepare=lambda path: _prepare(device, path, settings.dtype),
-    model_info=info.model_info(settings),
-    server_info=info.server_info(
-      settings,
-      context_length=context,
-      dtype=str(config.dtype),
-      attention=config.attention,
-      platform=devices.platform(),
-    ),
-  )
   return Parts(device, batcher, serving)
 
 
-def _prepare(device: Device, path: str, dtype: str | None) -> Any:
+def _num_pages(settings: Settings, config: ModelConfig, context: int) -> int:
+  """Pages of the cache: as asked, or all that the slots can fill up to `CACHE_BYTES`."""
+  size = settings.page_size
+  if size < 1:
+    raise ValueError(f"page_size: expected at least 1, got {size}")
+  if settings.max_total_tokens is not None:
+    return settings.max_total_tokens // size
+  width = -(-context // size)
+  itemsize = np.dtype(config.dtype).itemsize
+  page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size * itemsize
+  return max(width, min(settings.slots * width, CACHE_BYTES // page_bytes))
+
+
+def _no_stops(ids: Any, strings: Any) -> None:
+  return None
+
+
+def _prepare(device: Device | None, path: str, dtype: str | None) -> Any:
+  assert device is not None
   # Published weights may be of another dtype than the first ones (bfloat16 halves what travels).
   config, params = devices.load(
     path, dtype=dtype or device.config.dtype, param_dtype=device.config.param_dtype
@@ -86,15 +127,20 @@ def _prepare(device: Device, path: str, dtype: str | None) -> Any:
   return device.prepare(params)
 
 
+def _prepare_tensors(device: Device | None, tensors: dict[str, np.ndarray]) -> Any:
+  assert device is not None
+  return device.prepare(hf.merge(device.config, device.host_params(), tensors))
+
+
 async def serve(parts: Parts, listener: socket.socket, settings: Settings) -> None:
   """Serves on a listening socket until SIGTERM or SIGINT; running requests are aborted then."""
-  desk = Desk(asyncio.get_running_loop())
+  desk = Desk(asyncio.get_running_loop(), parts.serving.max_requests)
   engine = Engine(
     parts.device,
     parts.batcher,
     Weights(settings.model, settings.weight_version),
     seed=settings.random_seed,
-    on_finished=desk.finished,
+    on_events=desk.report,
     on_failure=_die,
   )
   app = make_app(engine, desk, parts.serving)
