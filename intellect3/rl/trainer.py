@@ -14,20 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from intellect3 import rollout_log, telemetry, types
 from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement, rollout_source
+from intellect3.rl.publisher import Publisher
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding import rules
-from intellect3.training import checkpoint, flops, layout, scoring, step
+from intellect3.training import checkpoint, flops, layout, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
-from intellect3.weights import manifest as manifests
 from intellect3.weights import publish
 
 logger = logging.getLogger(__name__)
@@ -46,6 +45,8 @@ def trainer(
   model_options: Mapping[str, Any] | None = None,
   weights_dtype: str | None = None,
   keep_weights: int = 4,
+  weights_shard_bytes: int = publish.SHARD_BYTES,
+  weights_threads: int = publish.THREADS,
   canary_tokens: int = 64,
   checkpoint_every: int = 50,
   keep_checkpoints: int = 2,
@@ -67,6 +68,8 @@ def trainer(
     weights_dtype: dtype of published weights; None keeps that of the parameters.
     keep_weights: published versions kept; at least `max_off_policy_steps` + 2 are, since the
       trainer may be that far ahead of a server that is still loading.
+    weights_shard_bytes: most bytes of one file of published weights.
+    weights_threads: files of published weights that are written at a time.
     canary_tokens: length of the prompt on which servers are compared with the trainer: tasks of the
       environments as they are rendered, then random ids.
     checkpoint_every: steps between checkpoints; the last step is always saved.
@@ -81,6 +84,8 @@ def trainer(
     ("head_chunk_size", head_chunk_size),
     ("checkpoint_every", checkpoint_every),
     ("keep_weights", keep_weights),
+    ("weights_shard_bytes", weights_shard_bytes),
+    ("weights_threads", weights_threads),
     ("keep_checkpoints", keep_checkpoints),
   ):
     if value < 1:
@@ -140,13 +145,19 @@ def trainer(
       logger.info("training from step %d to %d", int(state.step) + 1, shared.steps)
       if shared.resume:
         writer.truncate_after(int(state.step))
-      publisher = _Publisher(
-        shared,
-        config,
-        canary_tokens=canary_tokens,
-        head_chunk_size=head_chunk_size,
-        keep=max(keep_weights, shared.max_off_policy_steps + 2),
-        dtype=weights_dtype,
+      publisher = stack.enter_context(
+        contextlib.closing(
+          Publisher(
+            shared,
+            config,
+            canary_ids=canary_ids(shared, canary_tokens),
+            head_chunk_size=head_chunk_size,
+            keep=max(keep_weights, shared.max_off_policy_steps + 2),
+            dtype=weights_dtype,
+            shard_bytes=weights_shard_bytes,
+            threads=weights_threads,
+          )
+        )
       )
       publisher.publish(state)
       train_step = layout.compile_step(
@@ -180,7 +191,7 @@ def _loop(
   batches: Any,
   *,
   train_step: Callable[[states.TrainState, Any], tuple[states.TrainState, step.Metrics]],
-  publisher: "_Publisher",
+  publisher: Publisher,
   place: Callable[[Any], Any],
   save: Callable[[states.TrainState, Any], None],
   checkpoint_every: int,
@@ -194,7 +205,7 @@ def _loop(
     state, device_metrics = train_step(state, place(batch))
     metrics = jax.device_get(device_metrics)  # waits for the step
     stepped = time.perf_counter()
-    publisher.publish(state)
+    publishing = publisher.publish(state)
     published = time.perf_counter()
     if number % checkpoint_every == 0 or number == shared.steps:
       save(state, batches)
@@ -207,6 +218,7 @@ def _loop(
         "wait_seconds": arrived - ended,
         "step_seconds": stepped - arrived,
         "publish_seconds": published - stepped,
+        **publishing,
         "checkpoint_seconds": done - published,
         "loop_seconds": done - ended,
         "trained_tokens_per_second": float(batch.loss_tokens) / (done - ended),
@@ -260,62 +272,6 @@ def canary_ids(shared: Shared, length: int) -> np.ndarray:
   rng = np.random.default_rng(shared.seed)
   random_ids = rng.integers(0, shared.renderer.vocab_size, length)
   return np.concatenate([ids[: length // 2], random_ids])[:length].astype(np.int32)
-
-
-class _Publisher:
-  """Publishes the weights of a state once, with the trainer's own canary logprobs, and says so."""
-
-  def __init__(
-    self,
-    shared: Shared,
-    config: ModelConfig,
-    *,
-    canary_tokens: int,
-    head_chunk_size: int,
-    keep: int,
-    dtype: str | None,
-  ) -> None:
-    self._shared = shared
-    self._config = config
-    self._keep = keep
-    self._dtype = dtype
-    self._canary_ids = canary_ids(shared, canary_tokens)
-    self._logprobs = jax.jit(scoring.make_logprob_fn(config, head_chunk_size=head_chunk_size))
-
-  def publish(self, state: states.TrainState) -> None:
-    """Publishes v(step). A resumed run makes some versions again: the servers have those."""
-    version = int(state.step)
-    newest = manifests.latest(self._shared.weights_dir)
-    if newest is not None and version <= newest:
-      return
-    params = jax.device_get(state.params)
-    canary_logprobs = self._logprobs(self._as_published(params), self._canary_ids)
-    publish.publish(
-      self._shared.weights_dir,
-      version,
-      self._config,
-      params,
-      canary_ids=self._canary_ids.tolist(),
-      canary_logprobs=np.asarray(canary_logprobs).tolist(),
-      keep=self._keep,
-      dtype=self._dtype,
-      tokenizer_from=self._shared.model_path,
-    )
-    logger.info("published version %d", version)
-    request = urllib.request.Request(
-      f"{self._shared.orchestrator_url}/versions/{version}", method="POST"
-    )
-    try:
-      urllib.request.urlopen(request, timeout=2.0).close()
-    except (urllib.error.URLError, OSError) as error:  # it looks at the directory as well
-      logger.info("the orchestrator was not told of version %d: %s", version, error)
-
-  def _as_published(self, params: Any) -> Any:
-    """The parameters as a server will read them: rounded to the published dtype."""
-    if self._dtype is None:
-      return params
-    dtype = jnp.dtype(self._dtype)
-    return jax.tree.map(lambda array: array.astype(dtype).astype(array.dtype), params)
 
 
 def _wait_for_manifest(shared: Shared) -> rollout_source.Wait:

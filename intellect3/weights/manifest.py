@@ -7,6 +7,7 @@ compares their logprobs on the canary prompt with the trainer's. A version appea
 its whole directory: one that is being written has another name and is invisible.
 """
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -22,6 +23,8 @@ MANIFEST = "manifest.json"
 WEIGHTS_SCHEMA = 1
 _NAME = re.compile(r"v_(\d{6,})")
 _BLOCK = 1 << 20
+READERS = 8
+"""Files that are read at a time."""
 
 
 class WeightsFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,19 +108,30 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
   manifest = _parse(directory / MANIFEST)
   wrong = []
   found: dict[str, int] = {}
+  readable: list[pathlib.Path] = []
   for entry in manifest.files:
     path = directory / entry.file
     if not path.is_file() or path.stat().st_size != entry.bytes:
       wrong.append(entry.file)
     elif path.suffix == ".safetensors":
-      try:
-        found |= tensor_fingerprints(path)
-      except ValueError:
-        wrong.append(entry.file)
+      readable.append(path)
+  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    for path, fingerprints in zip(readable, pool.map(_fingerprints_or_none, readable), strict=True):
+      if fingerprints is None:
+        wrong.append(path.name)
+      else:
+        found |= fingerprints
   for name in sorted(set(manifest.fingerprints) | set(found)):
     if manifest.fingerprints.get(name) != found.get(name):
       wrong.append(name)
   return wrong
+
+
+def _fingerprints_or_none(path: pathlib.Path) -> dict[str, int] | None:
+  try:
+    return tensor_fingerprints(path)
+  except ValueError:
+    return None
 
 
 def tensor_fingerprints(path: str | os.PathLike[str]) -> dict[str, int]:
@@ -143,14 +157,12 @@ def tensor_fingerprints(path: str | os.PathLike[str]) -> dict[str, int]:
   return fingerprints
 
 
-def tensor_dtypes(path: str | os.PathLike[str]) -> dict[str, str]:
-  """The dtype of each tensor in a safetensors file, by name."""
-  with open(path, "rb") as file:
-    return {name: entry["dtype"] for name, entry in read_header(file)[0].items()}
-
-
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-  """A safetensors file's tensor entries, and the offset of its first tensor's bytes."""
+  """A safetensors file's tensor entries, and the offset of its first tensor's bytes.
+
+  Raises:
+    ValueError: the file is no safetensors file.
+  """
   prefix = file.read(8)
   size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
   if not 0 < size <= 100_000_000:

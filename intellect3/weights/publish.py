@@ -3,20 +3,27 @@
 Between the train step and the inference servers. Whoever sees `v_000001` sees all of it.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
 import msgspec
+import numpy as np
 
 from intellect3.models import config as model_configs
 from intellect3.models import hf
 from intellect3.weights import manifest as manifests
+from intellect3.weights import shards
 
+SHARD_BYTES = 2 << 30
+THREADS = 8
 _ASIDE = ".writing_"
 
 
@@ -31,6 +38,8 @@ def publish(
   keep: int,
   dtype: str | None = None,
   tokenizer_from: str | os.PathLike[str] | None = None,
+  shard_bytes: int = SHARD_BYTES,
+  threads: int = THREADS,
 ) -> pathlib.Path:
   """Publishes the weights as Hugging Face safetensors with a manifest, and prunes old versions.
 
@@ -43,8 +52,11 @@ def publish(
     canary_ids: a prompt on which servers are compared with the trainer.
     canary_logprobs: the trainer's logprobs of those ids under these weights.
     keep: how many versions to keep, this one included, at least 1.
-    dtype: of the stored tensors; None keeps each as it is.
+    dtype: of the stored tensors; None keeps each as it is. The router's correction bias stays
+      float32.
     tokenizer_from: a model directory whose tokenizer files are copied along.
+    shard_bytes: most bytes of a file of more than one tensor.
+    threads: files written at a time.
 
   Returns:
     The version's directory.
@@ -65,16 +77,21 @@ def publish(
   aside = root / f"{_ASIDE}{version:06d}_{uuid.uuid4().hex[:8]}"
   target = manifests.version_directory(root, version)
   try:
-    hf.save(aside, config, params, dtype=dtype, tokenizer_from=tokenizer_from)
-    _write_manifest(aside, version, canary_ids, canary_logprobs)
-    for path in sorted(aside.rglob("*")):
-      _flush(path)
-    _flush(aside)
+    aside.mkdir()
+    written = shards.write(
+      aside, _tensors(config, params, dtype), shard_bytes=shard_bytes, threads=threads
+    )
+    _write_config(aside, config, dtype, params, tokenizer_from)
+    _write_manifest(aside, version, canary_ids, canary_logprobs, written)
+    for path in aside.iterdir():
+      if path.suffix != ".safetensors":  # those are on disk already
+        shards.flush(path)
+    shards.flush(aside)
     _move_into_place(aside, target)
   except BaseException:
     shutil.rmtree(aside, ignore_errors=True)
     raise
-  _flush(root)
+  shards.flush(root)
   prune(root, keep=keep)
   return target
 
@@ -99,21 +116,43 @@ def _remove(root: pathlib.Path, versions: Sequence[int]) -> None:
     shutil.rmtree(left)
 
 
+def _tensors(
+  config: model_configs.ModelConfig, params: Any, dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+  for name, tensor in hf.to_hf(config, params):
+    keep = dtype is None or name.endswith("e_score_correction_bias")
+    yield name, tensor if keep else tensor.astype(dtype)
+
+
+def _write_config(
+  directory: pathlib.Path,
+  config: model_configs.ModelConfig,
+  dtype: str | None,
+  params: Any,
+  tokenizer_from: str | os.PathLike[str] | None,
+) -> None:
+  stored = dtype if dtype is not None else str(params["embedding"].dtype)
+  values = dataclasses.replace(config, param_dtype=stored).to_hf()
+  (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+  for name in hf.TOKENIZER_FILES if tokenizer_from is not None else ():
+    source = pathlib.Path(tokenizer_from or "") / name
+    if source.is_file():
+      shutil.copyfile(source, directory / name)
+
+
 def _write_manifest(
-  directory: pathlib.Path, version: int, ids: Sequence[int], logprobs: Sequence[float]
+  directory: pathlib.Path,
+  version: int,
+  ids: Sequence[int],
+  logprobs: Sequence[float],
+  written: shards.Written,
 ) -> None:
   files = sorted(path for path in directory.iterdir() if path.is_file())
-  tensors = [path for path in files if path.suffix == ".safetensors"]
-  fingerprints: dict[str, int] = {}
-  dtypes: Counter[str] = Counter()
-  for path in tensors:
-    fingerprints |= manifests.tensor_fingerprints(path)
-    dtypes.update(manifests.tensor_dtypes(path).values())
   manifest = manifests.WeightsManifest(
     version=version,
     files=[manifests.WeightsFile(file=path.name, bytes=path.stat().st_size) for path in files],
-    fingerprints=fingerprints,
-    dtype=dtypes.most_common(1)[0][0],
+    fingerprints=dict(written.fingerprints),
+    dtype=Counter(written.dtypes.values()).most_common(1)[0][0],
     canary_ids=[int(token) for token in ids],
     canary_logprobs=[float(logprob) for logprob in logprobs],
   )
@@ -125,12 +164,3 @@ def _move_into_place(aside: pathlib.Path, target: pathlib.Path) -> None:
   if target.exists():
     os.rename(target, target.parent / f"{_ASIDE}{target.name}_{uuid.uuid4().hex[:8]}")
   os.rename(aside, target)
-
-
-def _flush(path: pathlib.Path) -> None:
-  """Waits until a file's bytes, or a directory's entries, are on disk."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from intellect3.models import hf, presets, transformer
-from intellect3.weights import manifest, publish
+from intellect3.weights import manifest, publish, shards
 
 CONFIG = presets.tiny(
   embed_dim=8, head_dim=4, num_heads=2, num_kv_heads=1, mlp_dim=8, expert_mlp_dim=4, vocab_size=16
@@ -70,12 +70,11 @@ def test_a_crash_while_writing_leaves_nothing_to_see(tmp_path, params, monkeypat
   _publish(tmp_path, 1, params)
 
   def broken(directory, *args, **kwargs):
-    directory.mkdir()
     (directory / "model.safetensors").write_bytes(b"half")
     assert manifest.versions(tmp_path) == [1]
     raise OSError("disk full")
 
-  monkeypatch.setattr(hf, "save", broken)
+  monkeypatch.setattr(shards, "write", broken)
   with pytest.raises(OSError, match="disk full"):
     _publish(tmp_path, 2, params)
   assert manifest.versions(tmp_path) == [1]

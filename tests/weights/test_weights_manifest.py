@@ -63,7 +63,6 @@ def test_fingerprints_are_those_of_the_bytes(tmp_path):
   save_file(tensors, tmp_path / "t.safetensors")
   expected = {name: zlib.crc32(array.tobytes()) for name, array in tensors.items()}
   assert manifest.tensor_fingerprints(tmp_path / "t.safetensors") == expected
-  assert manifest.tensor_dtypes(tmp_path / "t.safetensors") == {"x": "I16", "y": "F64"}
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
