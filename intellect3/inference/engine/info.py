@@ -34,7 +34,7 @@ _NO_EMBEDDING: dict[str, Any] = {
   },
   "cache": {
     "kv_cache_disabled": False,
-    "radix_cache_disabled": True,
+    "radix_cache_disabled": False,
     "chunked_prefill_disabled": False,
   },
 }
@@ -52,8 +52,8 @@ def model_info(settings: Settings) -> dict[str, Any]:
     "preferred_sampling_params": None,
     "weight_version": settings.weight_version,
     "load_format": "auto",
-    "reasoning_parser": None,
-    "tool_call_parser": None,
+    "reasoning_parser": settings.reasoning_parser,
+    "tool_call_parser": settings.tool_call_parser,
     "disaggregation_mode": "null",
     "has_image_understanding": False,
     "has_audio_understanding": False,
@@ -64,7 +64,13 @@ def model_info(settings: Settings) -> dict[str, Any]:
 
 
 def server_info(
-  settings: Settings, *, context_length: int, dtype: str, attention: str, platform: str
+  settings: Settings,
+  *,
+  context_length: int,
+  max_total_tokens: int,
+  dtype: str,
+  attention: str,
+  platform: str,
 ) -> dict[str, Any]:
   """The fixed part of `/server_info`; `internal_states` is put in per request."""
   return {
@@ -76,13 +82,14 @@ def server_info(
     "status": "ready",
     "device": platform,
     "dtype": dtype,
-    "tp_size": 1,
+    "tp_size": settings.tp_size,
     "dp_size": 1,
     "ep_size": 1,
     "pp_size": 1,
     "context_length": context_length,
-    "max_total_num_tokens": settings.slots * context_length,
-    "max_total_tokens": settings.slots * context_length,
+    "max_total_num_tokens": max_total_tokens,
+    "max_total_tokens": max_total_tokens,
+    "page_size": settings.page_size,
     "max_running_requests": settings.slots,
     "max_queued_requests": settings.queue_limit,
     "max_req_input_len": context_length - 1,
@@ -90,16 +97,30 @@ def server_info(
     "prefill_rows": settings.prefill_rows,
     "random_seed": settings.random_seed,
     "schedule_policy": "fcfs",
-    "disable_radix_cache": True,
+    "disable_radix_cache": False,
     "attention_backend": attention,
     "sampling_backend": "jax",
-    "tool_call_parser": None,
-    "reasoning_parser": None,
-    "enable_return_routed_experts": False,
-    "incremental_streaming_output": False,
+    "tool_call_parser": settings.tool_call_parser,
+    "reasoning_parser": settings.reasoning_parser,
+    "enable_return_routed_experts": settings.enable_return_routed_experts,
+    "incremental_streaming_output": settings.incremental_streaming_output,
     "stream_interval": 1,
-    "enable_deterministic_inference": True,
+    "enable_deterministic_inference": settings.enable_deterministic_inference,
     "enable_memory_saver": False,
     "disable_overlap_schedule": True,
     "skip_server_warmup": False,
   }
+
+
+def models(name: str, *, created: int, context_length: int) -> dict[str, Any]:
+  """What `/v1/models` says; `created` in seconds since 1970."""
+  card = {
+    "id": name,
+    "object": "model",
+    "created": created,
+    "owned_by": "sglang",
+    "root": name,
+    "parent": None,
+    "max_model_len": context_length,
+  }
+  return {"object": "list", "data": [card]}

@@ -17,23 +17,14 @@ import numpy as np
 from intellect3.inference.engine import flags, server
 from intellect3.models import transformer
 
-DATA = pathlib.Path(__file__).resolve().parents[2] / "data" / "sglang" / "engine.json"
-SHARED = pathlib.Path(__file__).resolve().parents[4] / "shared" / "sglang-goldens"
+DATA = pathlib.Path(__file__).resolve().parents[2] / "data" / "sglang"
+GOLDENS, MODEL_A, MODEL_B = DATA / "goldens", DATA / "model_a", DATA / "model_b"
 
 
 def exchanges() -> dict[str, dict]:
-  """The recorded exchanges (long lists of the answers are cut)."""
-
-  def unfold(value):
-    if isinstance(value, dict) and set(value) == {"repeat", "times"}:
-      return [value["repeat"]] * value["times"]
-    return value
-
-  recorded = json.loads(DATA.read_text())
-  for exchange in recorded.values():
-    body = exchange["request"]["json"]
-    if body:
-      exchange["request"]["json"] = {name: unfold(value) for name, value in body.items()}
+  """The recorded exchanges by name."""
+  recorded = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDENS.glob("*.json"))}
+  del recorded["fields"]  # the names and defaults of SGLang's fields
   return recorded
 
 
@@ -97,9 +88,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(model, **more):
+def serving(model, *switches, **more):
   """Serves a model directory from a thread of this process; yields its Client."""
-  arguments = ["--model", str(model), "--port", "0"]
+  arguments = ["--model", str(model), "--port", "0", *switches]
   for name, value in more.items():
     arguments += ["--" + name.replace("_", "-"), str(value)]
   settings = flags.parse(arguments)

@@ -1,0 +1,1 @@
+"""OpenAI's routes, as SGLang speaks them, over the same engine."""
