@@ -53,7 +53,7 @@ def test_a_tool_call_is_told_from_thoughts_and_text(scripted):
   assert call["type"] == "function" and call["id"]
   assert call["function"]["name"] == "get_weather"
   assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
-  assert choice["token_ids"] == SCRIPT_IDS
+  assert choice["response_token_ids"] == SCRIPT_IDS
   assert len(choice["logprobs"]["content"]) == len(SCRIPT_IDS)
   assert all(item["logprob"] > -1e-3 for item in choice["logprobs"]["content"])
   assert reply["usage"]["completion_tokens"] == len(SCRIPT_IDS)
@@ -100,7 +100,7 @@ def test_ids_in_place_of_messages(scripted):
   assert status == 200, reply
   (choice,) = reply["choices"]
   assert choice["prompt_token_ids"] == ids
-  assert choice["token_ids"] == SCRIPT_IDS
+  assert choice["response_token_ids"] == SCRIPT_IDS
   assert choice["meta_info"]["weight_version"] == "5"
   assert choice["meta_info"]["finish_reason"]["type"] == "stop"
 

@@ -111,7 +111,7 @@ def test_an_update_without_a_pause_waits_for_the_running(server):
 
 def test_a_cache_is_flushed_when_nothing_runs(server):
   sampling = {"max_new_tokens": 1, "temperature": 0}
-  prompt = list(itertools.islice(itertools.cycle(PROMPT), 64))
+  prompt = list(itertools.islice(itertools.cycle(PROMPT), 300))
   server.generate(prompt, sampling=sampling)
   assert server.generate(prompt, sampling=sampling)["meta_info"]["cached_tokens"] > 0
   assert server.post("/flush_cache")[0] == 200
