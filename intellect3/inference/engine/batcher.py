@@ -29,7 +29,6 @@ class Plan(NamedTuple):
 
   Attributes:
     prefill: the prefill call, or None.
-    score: whether it is to score its targets (some row wants its input logprobs).
     chunks: what its rows hold, first rows first.
     decode: the decode call, or None.
     decoding: the sequences it decodes, each at its slot.
@@ -37,7 +36,6 @@ class Plan(NamedTuple):
   """
 
   prefill: Prefill | None
-  score: bool
   chunks: tuple[Chunk, ...]
   decode: Decode | None
   decoding: tuple[Sequence, ...]
@@ -189,14 +187,13 @@ class Batcher:
     if chunks:
       stops = [self._stops(chunk.sequence) for chunk in chunks]
       prefill = rows.prefill(chunks, self._slots, rows=self._rows, length=self._chunk, stops=stops)
-    score = any(chunk.sequence.wants_scores for chunk in chunks)
     decode = None
     if decoding:
       # With others waiting for a slot, a call ends when a quarter of its sequences has.
       quorum = -(-3 * len(decoding) // 4) if self._waiting else 1
       decode = self._slots.decode(decoding, steps=steps, quorum=quorum)
     resets, self._resets = tuple(self._resets), []
-    return Plan(prefill, score, chunks, decode, tuple(decoding), resets)
+    return Plan(prefill, chunks, decode, tuple(decoding), resets)
 
   def apply(
     self,

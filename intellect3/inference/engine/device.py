@@ -1,10 +1,10 @@
 """The weights and the cache where they live, and the compiled functions over them.
 
-Everything is compiled once, before the server says it is healthy: one decode shape, one prefill
-shape in a variant with and one without scores of its inputs. Weights are arguments, so that a swap
-compiles nothing.
+Everything is compiled once, before the server says it is healthy: one decode shape and one prefill
+shape. Weights are arguments, so that a swap compiles nothing.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -90,49 +90,62 @@ class Device:
     self._state_shardings: Any = State(kv_cache.KVCache(by_heads, by_heads), everywhere)
     self._state: State | None = self._empty_state()
     self._host_params: Params | None = None
-    # The state leaves every call as it came: else the next one would be compiled anew.
+    # The state leaves every call as it came: donated, hence updated in place.
     jit = functools.partial(
       jax.jit, donate_argnums=(1,), out_shardings=(self._state_shardings, everywhere)
     )
-    self._decode: Any = jit(functools.partial(programs.decode, config, shape))
-    self._prefill: dict[bool, Any] = {
-      score: jit(functools.partial(programs.prefill, config, shape, score))
-      for score in (False, True)
+    self._functions: dict[str, Any] = {
+      "decode": jit(functools.partial(programs.decode, config, shape)),
+      "prefill": jit(functools.partial(programs.prefill, config, shape)),
+      "reset_counts": jax.jit(
+        programs.reset_counts, donate_argnums=(0,), out_shardings=self._state_shardings
+      ),
     }
-    self._reset_counts: Any = jax.jit(
-      programs.reset_counts, donate_argnums=(0,), out_shardings=self._state_shardings
-    )
+    self._executables: dict[str, Any] = {}
 
   @property
-  def compiled(self) -> int:
-    """How many executables exist; constant after the warm-up."""
-    functions = (self._decode, *self._prefill.values(), self._reset_counts)
-    return sum(function._cache_size() for function in functions)
+  def compiled(self) -> tuple[str, ...]:
+    """The executables. There are never others: a call of another shape would raise."""
+    return tuple(self._executables)
 
   def warm_up(self, decode: Decode, prefill: Prefill) -> float:
-    """Compiles everything by running it on calls that write nothing; returns the seconds."""
+    """Compiles everything for calls of these shapes, side by side, and runs it once on calls that
+    must write nothing; returns the seconds."""
     began = time.perf_counter()
-    for score in (False, True):
-      self.run(Plan(prefill, score, (), decode, (), ((0, ()),)))
+    counts_V = np.zeros(self.config.vocab_size, np.int32)
+    arguments = {
+      "decode": (self._params, self._state, decode),
+      "prefill": (self._params, self._state, prefill),
+      "reset_counts": (self._state, np.int32(0), counts_V),
+    }
+    # Tracing holds the interpreter, compiling does not.
+    with self._on_mesh():
+      lowered = {name: self._functions[name].lower(*arguments[name]) for name in arguments}
+    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
+      compiled = pool.map(lambda one: one.compile(), lowered.values())
+      self._executables = dict(zip(lowered, compiled, strict=True))
+    self.run(Plan(prefill, (), decode, (), ((0, ()),)))
     return time.perf_counter() - began
 
   def run(self, plan: Plan) -> tuple[Prefilled | None, Decoded | None]:
     """Computes a step: both halves are dispatched, then one transfer brings both results."""
     assert self._state is not None and self._params is not None
     prefilled = decoded = None
-    with self._on_mesh():
-      for slot, sampled in plan.resets:
-        counts_V = np.bincount(np.asarray(sampled, np.int64), minlength=self.config.vocab_size)
-        self._state = self._reset_counts(self._state, np.int32(slot), counts_V.astype(np.int32))
-      if plan.prefill is not None:
-        call = self._prefill[plan.score]
-        self._state, prefilled = call(self._params, self._state, plan.prefill)
-        if not plan.prefill.sampling.top:
-          prefilled = prefilled._replace(top=None, input_top=None)
-      if plan.decode is not None:
-        self._state, decoded = self._decode(self._params, self._state, plan.decode)
-        if not plan.decode.sampling.top:
-          decoded = decoded._replace(top=None)
+    for slot, sampled in plan.resets:
+      counts_V = np.bincount(np.asarray(sampled, np.int64), minlength=self.config.vocab_size)
+      reset = self._executables["reset_counts"]
+      self._state = reset(self._state, np.int32(slot), counts_V.astype(np.int32))
+    if plan.prefill is not None:
+      call = plan.prefill
+      self._state, prefilled = self._executables["prefill"](self._params, self._state, call)
+      if not call.sampling.top:
+        prefilled = prefilled._replace(top=None, input_top=None)
+      if not call.score:
+        prefilled = prefilled._replace(input_logprobs_RT=None, input_top=None)
+    if plan.decode is not None:
+      self._state, decoded = self._executables["decode"](self._params, self._state, plan.decode)
+      if not plan.decode.sampling.top:
+        decoded = decoded._replace(top=None)
     return jax.device_get((prefilled, decoded))
 
   def prepare(self, params: Params) -> Params:

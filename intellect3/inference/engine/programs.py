@@ -124,7 +124,7 @@ def decode(
 
 
 def prefill(
-  config: ModelConfig, shape: Shape, score: bool, params: Params, state: State, call: Prefill
+  config: ModelConfig, shape: Shape, params: Params, state: State, call: Prefill
 ) -> tuple[State, Prefilled]:
   """A chunk of prompt for every row, and a sample after each chunk's last token."""
   result: Any = transformer.Transformer(config).apply(
@@ -147,19 +147,18 @@ def prefill(
   ids_R, logprobs_R, all_RV = sampler.sample(_logits(last_RD, head_DV), counts_RV, call.sampling)
   counts_SV = _count(state.counts_SV, call.slots_R, ids_R, call.samples_R, call.sampling.penalizes)
   top = sampler.top(all_RV, shape.max_top, call.sampling.top) if shape.max_top else None
-  input_logprobs_RT = input_top = None
-  if score:
-    hidden_ND, targets_N = hidden_RTD.reshape(-1, hidden_RTD.shape[-1]), call.targets_RT.reshape(-1)
-    scores_N, _ = chunked_logprobs(
-      hidden_ND,
-      head_DV,
-      targets_N,
-      temperature_N=jnp.ones(targets_N.size, jnp.float32),
-      chunk_size=SCORE_CHUNK_SIZE,
-    )
-    input_logprobs_RT = scores_N.reshape(call.targets_RT.shape)
-    if shape.max_top:
-      input_top = _input_top(hidden_RTD, head_DV, shape.max_top, call.sampling.top)
+  input_logprobs_RT = jax.lax.cond(
+    call.score,
+    _scores,
+    lambda hidden_RTD, head_DV, targets_RT: jnp.zeros(targets_RT.shape, jnp.float32),
+    hidden_RTD,
+    head_DV,
+    call.targets_RT,
+  )
+  input_top = None
+  if shape.max_top:
+    wanted = call.score & call.sampling.top
+    input_top = _input_top(hidden_RTD, head_DV, shape.max_top, wanted)
   return State(result.cache, counts_SV), Prefilled(
     tokens_R=ids_R,
     logprobs_R=logprobs_R,
@@ -186,6 +185,18 @@ def _count(
   ids_R = jnp.where(valid_R, ids_R, counts_SV.shape[1])
   add = lambda counts_SV: counts_SV.at[slots_R, ids_R].add(1, mode="drop")  # noqa: E731
   return jax.lax.cond(wanted, add, lambda counts_SV: counts_SV, counts_SV)
+
+
+def _scores(hidden_RTD: jax.Array, head_DV: jax.Array, targets_RT: jax.Array) -> jax.Array:
+  """The targets' logprobs at temperature 1."""
+  scores_N, _ = chunked_logprobs(
+    hidden_RTD.reshape(-1, hidden_RTD.shape[-1]),
+    head_DV,
+    targets_RT.reshape(-1),
+    temperature_N=jnp.ones(targets_RT.size, jnp.float32),
+    chunk_size=SCORE_CHUNK_SIZE,
+  )
+  return scores_N.reshape(targets_RT.shape)
 
 
 def _input_top(hidden_RTD: jax.Array, head_DV: jax.Array, count: int, wanted: jax.Array) -> Top:

@@ -102,6 +102,7 @@ def prefill(
     tables_RW=np.zeros((rows, slots.tables_SW.shape[1]), np.int32),
     last_R=np.zeros(rows, np.int32),
     samples_R=np.zeros(rows, bool),
+    score=np.bool_(any(chunk.sequence.wants_scores for chunk in chunks)),
     sampling=empty_sampling(rows),
   )
   for row, (sequence, start, end) in enumerate(chunks):

@@ -93,7 +93,7 @@ def build(settings: Settings) -> Parts:
     tensor_parallel=settings.tp_size,
   )
   seconds = device.warm_up(*batcher.padding())
-  log.info("%d executables ready in %.1f s", device.compiled, seconds)
+  log.info("%d executables ready in %.1f s", len(device.compiled), seconds)
   return Parts(device, batcher, serving)
 
 

@@ -89,6 +89,7 @@ class Prefill(NamedTuple):
     tables_RW: int32, the pages of the row's sequence.
     last_R: int32, index of the row's last token in its chunk; the next token is sampled there.
     samples_R: bool, whether the row ends its prompt, so that the sample means something.
+    score: bool, whether any row wants the logprobs of its targets.
     sampling: of the rows.
   """
 
@@ -100,6 +101,7 @@ class Prefill(NamedTuple):
   tables_RW: Array
   last_R: Array
   samples_R: Array
+  score: Array
   sampling: Sampling
 
 
