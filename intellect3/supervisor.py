@@ -1,8 +1,9 @@
 """Starts the processes of a run on one machine, watches them, and ends them all together.
 
 A child that fails ends the run: the others are ended, and the failure says which child, why and
-where its log is. Every child leads its own process group and dies with the supervisor (`leash`), so
-no process outlives a run, however the run ends.
+where its log is. Of the children of a group some may fail while one lives, and a child may be
+started again so many times. Every child leads its own process group and dies with the supervisor
+(`leash`), so no process outlives a run, however the run ends.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ class Child:
     log: file that takes its stdout and stderr.
     ends_run: whether the run waits for its end; another's end before that is a failure.
     environment: added to this process's environment.
+    group: children of one group may fail while another of it lives; None: this one may not.
+    restarts: how many times it is started again after it failed.
   """
 
   name: str
@@ -37,6 +40,8 @@ class Child:
   log: pathlib.Path
   ends_run: bool
   environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  group: str | None = None
+  restarts: int = 0
 
 
 def supervise(
@@ -59,6 +64,8 @@ def supervise(
     KeyboardInterrupt: SIGINT or SIGTERM came; every child has been ended.
   """
   processes: dict[str, subprocess.Popen[bytes]] = {}
+  lost: set[str] = set()  # those that the run goes on without
+  starts = {child.name: 1 for child in children}
   with _terminate_as_interrupt():
     try:
       for child in children:
@@ -66,10 +73,22 @@ def supervise(
       while True:
         for child in children:
           code = processes[child.name].poll()
-          if code is not None and (code != 0 or not child.ends_run):
-            # The death of one often breaks its peers: name the one that failed by itself.
-            time.sleep(interval_seconds)
-            raise ChildFailed(_obituary(child, code))
+          if child.name in lost or code is None or (code == 0 and child.ends_run):
+            continue
+          _signal_group(processes[child.name], signal.SIGKILL)  # what it may have left behind
+          if starts[child.name] <= child.restarts:
+            print(f"{_obituary(child, code)}: started again", file=sys.stderr, flush=True)
+            starts[child.name] += 1
+            processes[child.name] = _start(child)
+            continue
+          peers = [other for other in children if child.group and other.group == child.group]
+          if any(processes[other.name].poll() is None for other in peers):
+            print(f"{_obituary(child, code)}: the run goes on", file=sys.stderr, flush=True)
+            lost.add(child.name)
+            continue
+          # The death of one often breaks its peers: name the one that failed by itself.
+          time.sleep(interval_seconds)
+          raise ChildFailed(_obituary(child, code))
         if all(processes[child.name].poll() == 0 for child in children if child.ends_run):
           return
         tick()

@@ -12,12 +12,13 @@ import pytest
 from intellect3 import supervisor
 
 
-def child(tmp_path, name, code, *, ends_run=True):
+def child(tmp_path, name, code, *, ends_run=True, **options):
   return supervisor.Child(
     name=name,
     command=[sys.executable, "-c", code],
     log=tmp_path / f"{name}.log",
     ends_run=ends_run,
+    **options,
   )
 
 
@@ -113,3 +114,47 @@ def test_last_words_prefer_the_line_that_says_what_went_wrong(tmp_path):
   log.write_text("start\nTraceback\nintellect3.rollouts.RunFailed: no server is left\nbye\n")
   assert supervisor.last_words(log) == "intellect3.rollouts.RunFailed: no server is left"
   assert supervisor.last_words(tmp_path / "none") == "no log"
+
+
+FOREVER = "import time; time.sleep(600)"
+FAILS = "print('error: broken', flush=True); raise SystemExit(3)"
+
+
+def servers_and(tmp_path, first, second, trainer):
+  options = {"ends_run": False, "group": "servers"}
+  supervisor.supervise(
+    [
+      child(tmp_path, "server_0", first, **options),
+      child(tmp_path, "server_1", second, **options),
+      child(tmp_path, "trainer", trainer),
+    ],
+    tick=lambda: None,
+    interval_seconds=0.02,
+  )
+
+
+def test_one_of_a_group_may_fail_and_is_named(tmp_path, capfd):
+  servers_and(tmp_path, FAILS, FOREVER, "import time; time.sleep(1)")
+  said = capfd.readouterr().err
+  assert said.count("server_0 ended with exit code 3") == 1 and "the run goes on" in said
+
+
+def test_the_last_of_a_group_may_not(tmp_path):
+  with pytest.raises(supervisor.ChildFailed, match=r"server_[01] ended with exit code 3"):
+    servers_and(tmp_path, FAILS, FAILS, FOREVER)
+
+
+def test_a_child_is_started_again_as_often_as_it_may(tmp_path, capfd):
+  log = tmp_path / "starts"
+  code = f"open({str(log)!r}, 'a').write('x'); raise SystemExit(3)"
+  with pytest.raises(supervisor.ChildFailed, match="server ended with exit code 3"):
+    supervisor.supervise(
+      [
+        child(tmp_path, "server", code, ends_run=False, restarts=2),
+        child(tmp_path, "trainer", FOREVER),
+      ],
+      tick=lambda: None,
+      interval_seconds=0.02,
+    )
+  assert log.read_text() == "xxx"
+  assert capfd.readouterr().err.count("started again") == 2

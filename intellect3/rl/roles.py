@@ -92,6 +92,7 @@ def run(
   seed: int = 0,
   num_workers: int = 1,
   num_servers: int = 1,
+  server_restarts: int = 0,
   host: str = "127.0.0.1",
   orchestrator_port: int = 0,
   server_port: int = 0,
@@ -119,7 +120,8 @@ def run(
     environment_weights: by environment name; equal shares by default.
     seed: run seed.
     num_workers: worker processes; 0 runs one worker inside the orchestrator.
-    num_servers: servers started by `all`; ports follow one another.
+    num_servers: servers started by `all`; the run goes on while one of them lives.
+    server_restarts: how many times `all` starts each of them again after it failed.
     host: address of the orchestrator and of servers started by `all`.
     orchestrator_port: 0 with `all` takes any free port.
     server_port: of the first server; 0 with `all` takes free ports.
@@ -144,6 +146,7 @@ def run(
     ("seed", seed, 0, 2**63 - 1),
     ("num_workers", num_workers, 0, None),
     ("num_servers", num_servers, 1, None),
+    ("server_restarts", server_restarts, 0, None),
     ("orchestrator_port", orchestrator_port, 0, 65535),
     ("server_port", server_port, 0, 65535),
   ):
@@ -193,7 +196,7 @@ def run(
     *("--set", f"rl.run.server_urls={list(shared.server_urls)!r}"),
     *(["--resume"] if resume else []),
   ]
-  children = _children(shared, [*command, *arguments], servers)
+  children = _children(shared, [*command, *arguments], servers, server_restarts)
   return lambda: _start_all(shared, children, config_text)
 
 
@@ -259,7 +262,10 @@ def _worker_main(shared: Shared, make_worker: Callable) -> Main:
 
 
 def _children(
-  shared: Shared, command: Sequence[str], servers: Sequence[Sequence[str]]
+  shared: Shared,
+  command: Sequence[str],
+  servers: Sequence[Sequence[str]],
+  server_restarts: int,
 ) -> list[supervisor.Child]:
   logs = shared.run_dir / "logs"
 
@@ -267,7 +273,10 @@ def _children(
     return supervisor.Child(name=name, command=argv, log=logs / f"{name}.log", ends_run=ends_run)
 
   return [
-    *(child(f"server_{n}", server) for n, server in enumerate(servers)),
+    *(
+      dataclasses.replace(child(f"server_{n}", server), group="servers", restarts=server_restarts)
+      for n, server in enumerate(servers)
+    ),
     child("trainer", [*command, "--role", "trainer"], ends_run=True),
     child("orchestrator", [*command, "--role", "orchestrator"], ends_run=True),
     *(
