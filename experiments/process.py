@@ -1,24 +1,11 @@
-"""What an entry point does to its own process: compilation cache, logging, exit codes."""
+"""What an entry point does to its own process: logging, exit codes."""
 
 import logging
-import os
-import pathlib
 import sys
 from collections.abc import Callable
 
 from intellect3 import supervisor
 from intellect3.rollouts.orchestrator import RunFailed
-
-_CACHE = {
-  "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "intellect3" / "xla"),
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-}
-
-
-def prepare() -> None:
-  """Gives jax, here and in every child, a compilation cache. Call it before jax is imported."""
-  for name, value in _CACHE.items():
-    os.environ.setdefault(name, value)
 
 
 def run_to_end(start: Callable[[], None]) -> int:

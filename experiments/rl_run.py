@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 from experiments import gin_config, process
-from intellect3 import rl
+from intellect3 import compilation_cache, rl
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--index", type=int, default=0, help="of a worker or server among its kind")
   parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
   arguments = parser.parse_args(argv)
-  process.prepare()
+  compilation_cache.set_default()
   try:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=arguments.role in ("orchestrator", "worker"))

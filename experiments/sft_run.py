@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import gin_config, process
+from intellect3 import compilation_cache
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", required=True, metavar="DIR", help="the run directory")
   parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
   arguments = parser.parse_args(argv)
-  process.prepare()
+  compilation_cache.set_default()
   try:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=False)

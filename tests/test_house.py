@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The levels of docs/design/0001-the-ring.md. A package imports itself and lower levels; only the
 # composition roots (the last level) also import each other.
 LEVELS = (
-  ("types", "losses", "sharding", "kernels", "telemetry"),
+  ("types", "losses", "sharding", "kernels", "telemetry", "compilation_cache"),
   ("models", "rendering", "environments", "rollout_log"),
   ("inference", "rollouts", "pipeline", "training", "weights"),
   ("rl", "sft", "evaluate", "planning", "supervisor", "leash", "console", "summary"),

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+from intellect3 import compilation_cache
 from intellect3.inference.engine import flags
 
 SWITCH_INTERVAL_SECONDS = 2e-4
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
   except OSError as error:
     return _cannot_start(f"--port {settings.port}: {os.strerror(error.errno or 0)}")
 
+  compilation_cache.set_default()
   from intellect3.inference.engine import server  # late: jax takes a second to import
 
   try:

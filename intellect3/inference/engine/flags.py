@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
   add(
     "--enable-deterministic-inference",
     action="store_true",
-    help="same seed, same bits: nothing depends on who else runs; reserves cache for whole requests",
+    help="same seed, same bits, whoever else runs; reserves cache for whole requests",
   )
   add("--enable-return-routed-experts", action="store_true", help="allow return_routed_experts")
   add("--max-top-logprobs", type=int, default=20, help="most top_logprobs_num of a request")

@@ -39,8 +39,9 @@ class Sequence:
     output_top: alternatives at each sampled id, where they were asked for.
     input_logprobs: of prompt ids `first_scored`, ... as far as they were scored.
     input_top: alternatives to the same.
-    experts: pieces of int32 [tokens, MoE layers, A] in order of the tokens, where the server returns
-      experts. Once finished, `np.concatenate` gives those of prompt and output but the last token.
+    experts: pieces of int32 [tokens, MoE layers, A] in order of the tokens, where the server
+      returns experts. Once finished, `np.concatenate` gives those of prompt and output but the
+      last token.
     spans: `[version, start, end]` over the output tokens.
     finish: SGLang's finish reason, None while it lives.
     retractions: how often it lost its cache and went back to the queue.
