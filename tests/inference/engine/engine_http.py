@@ -50,13 +50,16 @@ class Client:
   )
 
   def call(self, method, path, body=None, timeout=60):
-    """Returns (status, parsed JSON or text)."""
+    """Returns (status, parsed JSON, a stream's events, or text)."""
     with contextlib.closing(
       http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
     ) as connection:
       connection.request(method, path, None if body is None else json.dumps(body))
       response = connection.getresponse()
       text = response.read().decode()
+    if response.getheader("content-type", "").startswith("text/event-stream"):
+      events = [part.removeprefix("data: ") for part in text.split("\n\n")[:-1]]
+      return response.status, [e if e == "[DONE]" else json.loads(e) for e in events]
     try:
       return response.status, json.loads(text)
     except json.JSONDecodeError:

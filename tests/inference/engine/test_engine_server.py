@@ -165,7 +165,7 @@ def test_an_update_in_flight_stamps_each_token_with_its_weights(served, models, 
     error = np.abs(after[change:] - logprobs[change:]).max()
     # Retracted requests are computed anew; in place they still see keys of the old weights.
     assert error < 1e-5 if mode == "retract" else error > 1e-3
-  assert served.parts.device.compiled == compiled == 3
+  assert served.parts.device.compiled == compiled
 
 
 def test_an_update_without_a_pause_waits_and_later_requests_wait_for_it(served, models):
