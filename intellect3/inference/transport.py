@@ -11,9 +11,14 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
+MAX_ANSWER_BYTES = 256 << 20
+"""Room for the routed experts of some 100,000 tokens of a large model."""
+
 
 class TransportError(Exception):
-  """A request got no answer: refused, dropped or timed out. It may have been carried out or not.
+  """A request got no whole answer: refused, dropped, timed out, or more than is taken.
+
+  It may have been carried out or not.
 
   Attributes:
     url: what was asked.
@@ -56,9 +61,15 @@ class Transport(Protocol):
 class HttpTransport:
   """Transport over HTTP: one aiohttp session, no limit on connections (the pool has its own)."""
 
-  def __init__(self, headers: Mapping[str, str] | None = None):
-    """Args: headers: sent with every request, e.g. an authorization."""
+  def __init__(
+    self, headers: Mapping[str, str] | None = None, *, max_answer_bytes: int = MAX_ANSWER_BYTES
+  ):
+    """Args: headers: sent with every request, e.g. an authorization. max_answer_bytes: a longer
+    answer is a TransportError, and not read to its end."""
+    if max_answer_bytes < 1:
+      raise ValueError(f"max_answer_bytes: expected at least 1, got {max_answer_bytes}")
     self._headers = dict(headers or {})
+    self._max_answer_bytes = max_answer_bytes
     self._session: aiohttp.ClientSession | None = None
 
   async def request(
@@ -76,11 +87,21 @@ class HttpTransport:
       async with self._session.request(
         method, url, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=timeout)
       ) as response:
-        return response.status, await response.read()
+        return response.status, await self._read(url, response)
     except TimeoutError as error:
       raise TransportError(url, f"no answer within {timeout:g} s") from error
     except (aiohttp.ClientError, OSError) as error:
       raise TransportError(url, f"{type(error).__name__}: {error}") from error
+
+  async def _read(self, url: str, response: aiohttp.ClientResponse) -> bytes:
+    chunks: list[bytes] = []
+    room = self._max_answer_bytes
+    async for chunk in response.content.iter_any():
+      room -= len(chunk)
+      if room < 0:
+        raise TransportError(url, f"an answer of more than {self._max_answer_bytes} bytes")
+      chunks.append(chunk)
+    return b"".join(chunks)
 
   async def close(self) -> None:
     """See Transport.close."""

@@ -65,9 +65,45 @@ class FakeServer:
     self.update = None
     self.score_offset = 0.0
     self.mutate = None
+    self.aborted = {}
+    self.calls = []
+    self.states = [{}]
+    self.loads = None
+    self.alive = True
+    self.connections = set()
+    self.cached = None
+    self.ranks = 1
+    self.session = False
+
+  def kill(self):
+    """From now on every connection is refused, and those that are open break."""
+    self.alive = False
+    for connection in self.connections:
+      connection.set_result(None)
+
+  def restart(self, version=0):
+    """Comes back with the weights it was started with, knowing nothing."""
+    self.alive, self.version = True, str(version)
+    self.running.set()
 
   async def answer(self, method, path, body, timeout):
+    if not self.alive:
+      raise TransportError(f"fake{path}", "refused")
     self.log.append(path)
+    self.calls.append((path, body))
+    work = asyncio.ensure_future(self._answer(path, body))
+    dead = asyncio.get_running_loop().create_future()
+    self.connections.add(dead)
+    try:
+      await asyncio.wait({work, dead}, return_when=asyncio.FIRST_COMPLETED)
+      if not work.done():
+        raise TransportError(f"fake{path}", "connection reset")
+      return work.result()
+    finally:
+      self.connections.discard(dead)
+      work.cancel()
+
+  async def _answer(self, path, body):
     match path:
       case "/generate":
         return await self._generate(body)
@@ -84,6 +120,27 @@ class FakeServer:
         self.version = body["weight_version"]
         self.flushed = body["flush_cache"]
         return 200, {"success": True, "message": "ok"}
+      case "/abort_request":
+        if body["rid"] in self.aborted:
+          self.aborted[body["rid"]].set()
+        return 200, ""
+      case "/begin_weight_update":
+        self.session = True
+        return 200, {"success": True, "message": "Success"}
+      case "/end_weight_update":
+        self.session = False
+        return 200, {"success": True, "message": "Success"}
+      case "/update_weights_from_tensor":
+        if not self.session:
+          return 400, {"success": False, "message": "outside of a session"}
+        if self.update is not None:
+          return self.update
+        self.version = body.get("weight_version", self.version)
+        return 200, {"success": True, "message": "Success"}
+      case "/server_info":
+        return 200, {"internal_states": self.states, "tp_size": self.ranks}
+      case "/v1/loads?include=core" if self.loads is not None:
+        return 200, {"loads": self.loads}
       case "/model_info":
         return 200, {"model_path": "m", "weight_version": self.version}
       case "/health":
@@ -106,8 +163,16 @@ class FakeServer:
           return fault, {"error": {"message": "scripted"}}
         case "drop":
           raise TransportError("fake", "dropped")
+        case ("stop", made):
+          count, finish = made, {"type": "stop", "matched": token_at(start + made - 1)}
+        case ("short", made):
+          count = made
         case "hang":
           await asyncio.Event().wait()
+        case ("slow", made):
+          self.aborted[body["rid"]] = asyncio.Event()
+          await self.aborted[body["rid"]].wait()
+          count, finish = made, {"type": "abort", "message": "Aborted"}
         case ("abort", made):
           count, finish = made, {"type": "abort", "message": "Aborted", "status_code": None}
         case ("reject", code):
@@ -121,11 +186,13 @@ class FakeServer:
 
   def _reply(self, body, start, count, finish):
     made = range(start, start + count)
+    cached = {} if self.cached is None else {"cached_tokens": self.cached(body)}
     inputs = [] if body["logprob_start_len"] < 0 else body["input_ids"]
     return {
       "text": "",
       "output_ids": [token_at(p) for p in made],
       "meta_info": {
+        **cached,
         "id": body["rid"],
         "finish_reason": finish,
         "prompt_tokens": start,
@@ -169,7 +236,7 @@ def make_pool(transport, **options):
   return client.ServerPool(transport, list(transport.servers), **{**settings, **options})
 
 
-def generate(pool, *, rid="r", max_new_tokens=6, seed=11, prompt=PROMPT, extra_key="0"):
+def generate(pool, *, rid="r", max_new_tokens=6, seed=11, prompt=PROMPT, extra_key="0", **options):
   return pool.generate(
     prompt,
     max_new_tokens=max_new_tokens,
@@ -178,6 +245,7 @@ def generate(pool, *, rid="r", max_new_tokens=6, seed=11, prompt=PROMPT, extra_k
     seed=seed,
     rid=rid,
     extra_key=extra_key,
+    **options,
   )
 
 

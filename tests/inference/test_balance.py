@@ -197,6 +197,7 @@ def test_cancelling_a_generation_cancels_its_request_and_is_no_fence():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
       await task
+    await asyncio.sleep(0.01)
     assert server.in_flight == 0 and pool.in_flight == {"http://a": 0}
     both = asyncio.create_task(generate(pool))
     await asyncio.sleep(0.5)
