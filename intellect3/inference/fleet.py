@@ -25,6 +25,8 @@ from intellect3.inference.weight_sync import ServerSync
 
 logger = logging.getLogger(__name__)
 
+_AWAY = ("joining", "lost")
+
 Bring = Callable[[str, int], Awaitable[ServerSync]]
 """Brings a version to the server of a url and checks it."""
 
@@ -184,7 +186,8 @@ class Fleet:
         continue
       now = asyncio.get_running_loop().time()
       for member in self._members.values():
-        if member.state in ("joining", "lost") and member.task is None and now >= member.due:
+        away = member.state in _AWAY and not member.lock.locked()
+        if away and member.task is None and now >= member.due:
           member.task = self._spawn(self._return(member))
       await self._look_at_serving()
 
@@ -224,7 +227,9 @@ class Fleet:
         member.reason = looked.error or ""
         self._postpone(member)
         return
-      while member.version != self._version:
+      while member.state in _AWAY or (
+        member.state == "serving" and member.version != self._version
+      ):
         if not (await self._take(member)).ok:
           return
       logger.info("server %s is there, with weights v%s", member.url, member.version)

@@ -11,9 +11,11 @@ from fake_servers import (
   make_pool,
   run_virtual,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from intellect3.inference import client
-from intellect3.inference.balance import Balancer
+from intellect3.inference.balance import Balancer, Server, choose, home_of, others_load
 
 
 def test_load_is_balanced_and_bounded():
@@ -205,5 +207,127 @@ def test_cancelling_a_generation_cancels_its_request_and_is_no_fence():
     pool.fence("http://a", "at the same moment")
     with pytest.raises(asyncio.CancelledError):
       await both
+
+  run_virtual(run())
+
+
+def server(name, in_flight=0, others=0, last_used=0, **options):
+  return Server(f"http://{name}", in_flight, others, last_used=last_used, **options)
+
+
+@pytest.mark.parametrize(
+  ("servers", "home", "expected"),
+  [
+    # Least load, own and others' together; then the longest unused.
+    ([server("a", 3), server("b", 1, 1), server("c", 0, 5)], None, "b"),
+    ([server("a", 2, last_used=9), server("b", 2, last_used=4)], None, "b"),
+    # Home while it is at most 1.25 times as busy as the least busy, and 4 more.
+    ([server("a", 4), server("b", 0)], "a", "a"),
+    ([server("a", 5), server("b", 0)], "a", "b"),
+    ([server("a", 1, 28), server("b", 0, 20)], "a", "a"),
+    ([server("a", 2, 28), server("b", 0, 20)], "a", "b"),
+    # A home that failed a moment ago, is full, fenced or gone is none.
+    ([server("a", blocked_until=11.0), server("b", 3)], "a", "b"),
+    ([server("a", blocked_until=10.0), server("b", 3)], "a", "a"),
+    ([server("a", 8), server("b", 7)], "a", "b"),
+    ([server("a", fenced="wrong"), server("b", 3)], "a", "b"),
+    ([server("a", listed=False), server("b", 3)], "a", "b"),
+    ([server("b", 3)], "a", "b"),
+    # With nothing else, one that failed is better than none.
+    ([server("a", blocked_until=11.0), server("b", 8)], None, "a"),
+    ([server("a", 8), server("b", fenced="wrong")], None, None),
+  ],
+)
+def test_the_rule(servers, home, expected):
+  home = home and f"http://{home}"
+  chosen = choose(servers, room=8, now=10.0, home=home, spill=4)
+  assert (chosen and chosen.url) == (expected and f"http://{expected}")
+
+
+URLS = st.sets(st.sampled_from([f"http://s{i}" for i in range(8)]), min_size=1)
+
+
+@given(st.text(max_size=8), URLS, st.randoms(use_true_random=False))
+def test_a_key_has_one_home_whoever_asks_and_moves_only_with_its_server(key, urls, random):
+  home = home_of(key, urls)
+  assert home in urls
+  shuffled = random.sample(sorted(urls), len(urls))
+  assert home_of(key, shuffled) == home
+  for gone in urls - {home}:
+    assert home_of(key, urls - {gone}) == home
+
+
+def test_homes_are_spread():
+  urls = [f"http://s{i}" for i in range(4)]
+  homes = [home_of(f"train-{group}", urls) for group in range(400)]
+  assert all(60 < homes.count(url) < 140 for url in urls)
+  assert home_of("train-0", []) is None
+
+
+@pytest.mark.parametrize(
+  ("told", "own", "others"), [((5, 2), 3, 4), ((5, 0), 5, 0), ((1, 0), 4, 0)]
+)
+def test_what_others_have_is_what_is_told_without_ours(told, own, others):
+  assert others_load(*told, own) == others
+
+
+def test_a_group_is_sent_to_one_server_and_spills_when_that_is_clearly_busier():
+  servers = {name: FakeServer(seconds=10.0) for name in "abc"}
+
+  async def run():
+    pool = make_pool(FakeTransport(**servers), spill=4)
+    await asyncio.gather(*(generate(pool, rid=f"r{i}", affinity="g") for i in range(4)))
+
+  run_virtual(run())
+  assert sorted(len(server.seen) for server in servers.values()) == [0, 0, 4]
+  for server in servers.values():
+    server.seen.clear()
+
+  async def more():
+    pool = make_pool(FakeTransport(**servers), spill=4)
+    await asyncio.gather(*(generate(pool, rid=f"r{i}", affinity="g") for i in range(12)))
+
+  run_virtual(more())
+  assert sorted(len(server.seen) for server in servers.values()) == [2, 3, 7]
+
+
+def test_a_conversation_stays_where_its_prefix_is_and_moves_when_others_load_that_server():
+  servers = {name: FakeServer() for name in "ab"}
+
+  async def run():
+    pool = make_pool(FakeTransport(**servers), spill=4)
+    first = await generate(pool, rid="r0")
+    for turn in range(1, 4):
+      await generate(pool, rid=f"r{turn}", prefer=first.server)
+    pool.set_loads({first.server: (20, 5)})
+    moved = await generate(pool, rid="r4", prefer=first.server)
+    return first.server, moved.server
+
+  (first, moved), _ = run_virtual(run())
+  assert len(servers[first[-1]].seen) == 4 and moved != first
+
+
+def test_no_more_than_so_many_wait():
+  async def run():
+    pool = make_pool(FakeTransport(a=FakeServer()), max_concurrency=1, max_waiting=2)
+    tasks = [asyncio.create_task(generate(pool, rid=f"r{i}")) for i in range(5)]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result).__name__ for result in results] == ["Generation"] * 3 + ["NoServers"] * 2
+    assert "2 requests wait already" in str(results[4])
+
+  run_virtual(run())
+
+
+def test_a_slot_given_at_the_moment_of_giving_up_is_not_lost():
+  async def run():
+    balancer = Balancer(["http://a"], 1, max_wait_seconds=5.0)
+    taken = await balancer.acquire()
+    asyncio.get_running_loop().call_later(5.0, balancer.release, taken)
+    try:
+      await balancer.acquire()
+      taken.in_flight -= 1
+    except client.NoServers:
+      pass
+    assert taken.in_flight == 0
 
   run_virtual(run())
