@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(shell $(BIN)/python -c 'import pip' >/dev/null 2>&1 || rm -f $(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv test test-slow lint format demo lock clean
+.PHONY: help .venv test test-slow sglang test-sglang lint format demo lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv: $(STAMP) ## install the locked default and dev dependencies, editable
 
@@ -33,6 +33,12 @@ test: $(STAMP) ## the default suite (CPU, minutes)
 
 test-slow: $(STAMP) ## the tests too long for the default suite
 	$(BIN)/python -m pytest -m 'slow and not gpu and not real_sglang'
+
+sglang: $(STAMP) ## a real SGLang for the CPU in .sglang (3 GB, minutes; see docs/sglang.md)
+	$(BIN)/python -m tools.sglang.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+test-sglang: $(STAMP) ## the protocol's suite against a real SGLang (make sglang first)
+	$(BIN)/python -m pytest -m real_sglang tests/real_sglang
 
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
