@@ -204,6 +204,8 @@ class Fleet:
     async with member.lock:
       assert self._version is not None
       version = self._version
+      if member.state == "serving" and member.version == version:
+        return ServerSync(member.url, None, 0.0, {})  # it came back a moment ago
       result = await self._bring(member.url, version)
     if self._members.get(member.url) is not member:
       return result  # it left meanwhile
@@ -227,8 +229,8 @@ class Fleet:
         member.reason = looked.error or ""
         self._postpone(member)
         return
-      while member.state in _AWAY or (
-        member.state == "serving" and member.version != self._version
+      while self._members.get(member.url) is member and (
+        member.state in _AWAY or (member.state == "serving" and member.version != self._version)
       ):
         if not (await self._take(member)).ok:
           return
