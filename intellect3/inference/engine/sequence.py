@@ -30,6 +30,7 @@ class Sequence:
     nodes: those of its pages that others can share.
     found: how many of the nodes were there when it came, so that it need not compute them.
     reused: how many of those it has passed by.
+    passed: how many of its tokens it need not compute thanks to them.
     epoch: of the cache, when it got its pages.
     lost: how many of its tokens were in the cache when it was last retracted.
     cached: how many of its tokens (prompt, then output) are in the cache.
@@ -55,6 +56,7 @@ class Sequence:
   nodes: list[Node] = dataclasses.field(default_factory=list)
   found: int = 0
   reused: int = 0
+  passed: int = 0
   epoch: int = 0
   lost: int = 0
   cached: int = 0

@@ -23,12 +23,12 @@ def move_in(sequence: Sequence, pages: Pages, *, length: int, spare: int) -> boo
   """
   request, size = sequence.request, pages.page_size
   prompt = request.input_ids
-  # At least the last token is computed, and whatever comes before a prompt token to be scored.
-  computed_from = min(sequence.length - 1, len(prompt))
+  shareable = len(prompt)
   if sequence.wants_scores:
+    # What comes before a prompt token to be scored is computed.
     assert sequence.first_scored is not None
-    computed_from = min(computed_from, sequence.first_scored - 1)
-  nodes = pages.find(request.extra_key, prompt, computed_from // size)
+    shareable = sequence.first_scored - 1
+  nodes = pages.find(request.extra_key, prompt, shareable // size)
   needed = -(-length // size) - len(nodes)
   pages.use(nodes)
   taken = pages.take(needed) if pages.available >= needed + spare else None
@@ -37,7 +37,7 @@ def move_in(sequence: Sequence, pages: Pages, *, length: int, spare: int) -> boo
     return False
   sequence.pages = [*(node.page for node in nodes), *taken]
   sequence.nodes, sequence.found = nodes, len(nodes)
-  sequence.reused, sequence.epoch = 0, pages.epoch
+  sequence.reused, sequence.passed, sequence.epoch = 0, 0, pages.epoch
   for page in sequence.pages[len(nodes) : len(prompt) // size]:
     if not pages.add(request.extra_key, prompt, nodes, page, sequence):
       break
@@ -50,7 +50,9 @@ def pass_shared(sequence: Sequence, pages: Pages) -> bool:
     node = sequence.nodes[sequence.reused]
     if node.ready:
       sequence.reused += 1
-      sequence.cached += pages.page_size
+      # The last token is computed in any case, since what follows it is sampled there.
+      sequence.cached = min(sequence.reused * pages.page_size, sequence.length - 1)
+      sequence.passed = sequence.cached
       continue
     if node.writer is not None:
       return False
@@ -71,17 +73,17 @@ def announce(sequence: Sequence, end: int, pages: Pages) -> None:
 
 def keep_experts(sequence: Sequence, pages: Pages) -> None:
   """Leaves the experts of whole shared pages with their nodes, for those who reuse them."""
-  size, first = pages.page_size, sequence.reused
+  size = pages.page_size
   missing = [
     index
-    for index in range(first, min(len(sequence.nodes), sequence.cached // size))
+    for index in range(sequence.reused, min(len(sequence.nodes), sequence.cached // size))
     if sequence.nodes[index].experts is None
   ]
   if missing and sequence.experts:
     own = np.concatenate(sequence.experts)
     for index in missing:
-      piece = own[(index - first) * size : (index - first + 1) * size]
-      sequence.nodes[index].experts = piece.copy()
+      start = index * size - sequence.passed
+      sequence.nodes[index].experts = own[start : start + size].copy()
 
 
 def move_out(sequence: Sequence, pages: Pages, *, share_sampled: bool) -> None:
@@ -100,8 +102,10 @@ def move_out(sequence: Sequence, pages: Pages, *, share_sampled: bool) -> None:
         break
   keep_experts(sequence, pages)
   if sequence.finish is not None:
-    shared = [node.experts for node in nodes[: sequence.reused]]
-    sequence.experts[:0] = [piece for piece in shared if piece is not None]
+    pieces = [node.experts for node in nodes[: sequence.reused]]
+    shared = [piece for piece in pieces if piece is not None]
+    if shared:
+      sequence.experts.insert(0, np.concatenate(shared)[: sequence.passed])
   private = sequence.pages[len(nodes) :]
   pages.release(nodes, sequence)
   pages.give(private)
