@@ -53,7 +53,8 @@ class Desk:
   def __init__(self, loop: asyncio.AbstractEventLoop, max_requests: int):
     self._loop, self._max_requests = loop, max_requests
     self._visits: dict[str, tuple[Visit, int]] = {}
-    self._names: dict[str, Sequence[str]] = {}
+    self._rids: dict[str, set[str]] = {}
+    self._names: dict[str, list[str]] = {}
 
   def report(self, events: list[Event]) -> None:
     """For the engine's thread; returns at once."""
@@ -82,7 +83,7 @@ class Desk:
 
   def rids(self, name: str) -> Sequence[str]:
     """The running generations that a client's name stands for."""
-    return self._names.get(name, (name,))
+    return list(self._rids.get(name, (name,)))
 
   def _admit(self, engine: Engine, call: Call) -> Visit:
     requests = call.requests
@@ -92,12 +93,15 @@ class Desk:
       )
     rids = [request.rid for request in requests]
     for rid in {*rids, *call.names}:
-      if rid in self._visits or rid in self._names:
+      if rid in self._visits or rid in self._rids:
         raise RequestError(f"rid: {rid!r} is the name of a request that is still running.")
     if len(set(rids)) < len(rids):
       raise RequestError(f"rid: expected a name for each prompt, got {rids}.")
     visit = Visit(self._loop, len(requests))
-    self._names.update(call.names)
+    for name, named in call.names.items():
+      self._rids[name] = set(named)
+      for rid in named:
+        self._names.setdefault(rid, []).append(name)
     for index, request in enumerate(requests):
       self._visits[request.rid] = (visit, index)
       visit.generations.append(engine.submit(request))
@@ -106,19 +110,20 @@ class Desk:
   def _deliver(self, events: list[Event]) -> None:
     for event in events:
       rid = event.sequence.request.rid
-      found = self._visits.pop(rid, None) if event.finished else self._visits.get(rid)
-      if found is not None:
-        visit, index = found
-        visit.take(index, event)
-    if self._names:
-      self._forget_names()
+      found = self._visits.get(rid)
+      if found is None:
+        continue
+      if event.finished:
+        self._forget(rid)
+      visit, index = found
+      visit.take(index, event)
 
-  def _forget_names(self) -> None:
-    over = [
-      name for name, rids in self._names.items() if not any(rid in self._visits for rid in rids)
-    ]
-    for name in over:
-      del self._names[name]
+  def _forget(self, rid: str) -> None:
+    del self._visits[rid]
+    for name in self._names.pop(rid, ()):
+      self._rids[name].discard(rid)
+      if not self._rids[name]:
+        del self._rids[name]
 
   async def _end_if_gone(self, engine: Engine, call: Call, wire: Wire) -> None:
     await wire.gone()

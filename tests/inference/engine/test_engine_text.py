@@ -94,6 +94,6 @@ def test_other_vocabularies_are_refused(tmp_path):
     Text(words, 512)
   words.decoder = decoders.ByteLevel()
   assert Text(words, 2).decode([0, 1], True) == "a"
-  with pytest.raises(ValueError, match="below the model.s 100"):
+  with pytest.raises(ValueError, match="expected ids below"):
     Text(WITNESS, 100)
   assert text.load(tmp_path, 512) is None
