@@ -85,7 +85,12 @@ class HttpTransport:
     headers = {} if body is None else {"Content-Type": "application/json"}
     try:
       async with self._session.request(
-        method, url, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=timeout)
+        method,
+        url,
+        data=body,
+        headers=headers,
+        timeout=aiohttp.ClientTimeout(total=timeout),
+        allow_redirects=False,  # a server answers for itself
       ) as response:
         return response.status, await self._read(url, response)
     except TimeoutError as error:
