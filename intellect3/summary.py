@@ -32,7 +32,8 @@ def summarize(run_dir: pathlib.Path, wall_seconds: float) -> dict[str, Any]:
   Returns:
     The keys of `summary.json`. `reward_*` is the mean over all rollouts of a step, sampled at the
     training temperature on fresh tasks; `eval_*` is greedy on held-out tasks; `trainer_idle_share`
-    is the share of the trainer's loop spent waiting for a batch, the first one not counted.
+    is the share of the trainer's loop spent waiting for a batch, the first one not counted;
+    `reprefilled_tokens_retracted` is None where no server tells it.
   """
   orchestrator = _rows(run_dir, "orchestrator")
   trainer = _rows(run_dir, "trainer")
@@ -65,6 +66,16 @@ def summarize(run_dir: pathlib.Path, wall_seconds: float) -> dict[str, Any]:
     "trainer_idle_share": _ratio(waited, loop_seconds),
     "mfu": _mean(_column(steady, "mfu")),
     "weight_sync_seconds_median": _median(_column(orchestrator, "weight_sync_seconds")),
+    "weight_gather_seconds_per_gb": _median(_column(trainer, "weights/gather_seconds_per_gb")),
+    "weight_write_seconds_per_gb": _median(_column(trainer, "weights/write_seconds_per_gb")),
+    **{
+      f"weight_{part}_seconds_per_gb": _median(
+        _column(orchestrator, f"weight_sync/{part}_seconds_per_gb")
+      )
+      for part in ("load", "first_token")
+    },
+    "reprefilled_tokens_continued": int(sum(_column(orchestrator, "reprefilled_tokens/continued"))),
+    "reprefilled_tokens_retracted": _sum(_column(orchestrator, "reprefilled_tokens/retracted")),
     "rollouts_spanning_versions": int(sum(_column(orchestrator, "rollouts_spanning_versions"))),
   }
 
@@ -198,6 +209,10 @@ def _smooth(
 
 def _mean(values: Sequence[float]) -> float | None:
   return statistics.fmean(values) if values else None
+
+
+def _sum(values: Sequence[float]) -> int | None:
+  return int(sum(values)) if values else None
 
 
 def _median(values: Sequence[float]) -> float | None:
