@@ -215,8 +215,8 @@ class Batcher:
     """
     done: list[Sequence] = []
 
-    def extend(sequence: Sequence, tokens: Seq[int], logprobs: Seq[float], top: Seq) -> None:
-      self.counters.generated += results.extend(
+    def extend(sequence: Sequence, tokens: Seq[int], logprobs: Seq[float], top: Seq) -> int:
+      added = results.extend(
         sequence,
         tokens,
         logprobs,
@@ -226,8 +226,10 @@ class Batcher:
         version=version,
         now=now,
       )
+      self.counters.generated += added
       if sequence.finish is not None:
         done.append(sequence)
+      return added
 
     if decoded is not None:
       tokens, logprobs = decoded.tokens_NS.T.tolist(), decoded.logprobs_NS.T.tolist()
@@ -236,11 +238,12 @@ class Batcher:
         slot = sequence.slot
         assert slot is not None
         count = lengths[slot]
-        sequence.cached += count
-        if decoded.experts_NLSA is not None:
-          sequence.experts.append(decoded.experts_NLSA[:count, :, slot].copy())
         top = results.alternatives(decoded.top, sequence, slice(count), slot)
-        extend(sequence, tokens[slot][:count], logprobs[slot], top)
+        # Fewer than were computed where the text ends the sequence: the rest is forgotten.
+        added = extend(sequence, tokens[slot][:count], logprobs[slot], top)
+        sequence.cached += added
+        if decoded.experts_NLSA is not None:
+          sequence.experts.append(decoded.experts_NLSA[:added, :, slot].copy())
     if prefilled is not None:
       tokens, logprobs = prefilled.tokens_R.tolist(), prefilled.logprobs_R.tolist()
       for row, chunk in enumerate(plan.chunks):
@@ -290,9 +293,11 @@ class Batcher:
     for sequence in self._prefilling:
       if len(chunks) == self._rows:
         break
-      if not tenancy.pass_shared(sequence, self.pages):
+      # Where bits count, a token is computed at the same place of its chunk each time.
+      align = self._chunk if self._deterministic else 1
+      if not tenancy.pass_shared(sequence, self.pages, align=align):
         continue
-      if not (sequence.retractions or sequence.started):
+      if sequence.started is None:
         sequence.cached_tokens = sequence.cached
       start = sequence.cached
       while start < sequence.length and len(chunks) < self._rows:

@@ -100,7 +100,7 @@ class Pages:
     Returns:
       False, and nothing is done, where there is such a node already or the tree is stale.
     """
-    parent = nodes[-1] if nodes else self._roots.setdefault(key, Node(-1, key.encode(), None))
+    parent = nodes[-1] if nodes else self._roots.setdefault(key, Node(-1, _encode(key), None))
     name = self._tokens(tokens, len(nodes))
     if name in parent.children or self._stale(parent):
       return False
@@ -176,4 +176,9 @@ class Pages:
       self._leaves[parent.page] = parent
       self._leaves.move_to_end(parent.page, last=False)
     elif not parent.stale:
-      self._roots.pop(parent.key.decode(), None)
+      self._roots.pop(parent.key.decode(errors="surrogatepass"), None)
+
+
+def _encode(key: str) -> bytes:
+  # JSON can hold half a surrogate pair, which is no text but a key as good as any.
+  return key.encode(errors="surrogatepass")

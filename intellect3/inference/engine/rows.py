@@ -12,6 +12,7 @@ import numpy as np
 from intellect3.inference.engine.sequence import Sequence
 from intellect3.inference.engine.steps import (
   MAX_STOP_IDS,
+  NO_ID,
   Decode,
   Prefill,
   Sampling,
@@ -151,7 +152,8 @@ def set_sampling(sampling: Sampling, row: int, sequence: Sequence, stops: Iterab
   sampling.frequency_R[row] = request.frequency_penalty
   sampling.presence_R[row] = request.presence_penalty
   sampling.repetition_R[row] = request.repetition_penalty
-  sampling.min_new_R[row] = request.min_new_tokens
-  known = list(stops)[:MAX_STOP_IDS]
+  sampling.min_new_R[row] = min(request.min_new_tokens, request.max_new_tokens)
+  # Requests may name ids that no vocabulary has.
+  known = [stop for stop in stops if 0 <= stop < NO_ID][:MAX_STOP_IDS]
   sampling.stops_RJ[row] = empty_sampling(1).stops_RJ[0]
   sampling.stops_RJ[row, : len(known)] = known

@@ -44,14 +44,21 @@ def move_in(sequence: Sequence, pages: Pages, *, length: int, spare: int) -> boo
   return True
 
 
-def pass_shared(sequence: Sequence, pages: Pages) -> bool:
-  """Goes past the pages that others computed; False where it is to wait for one of them."""
+def pass_shared(sequence: Sequence, pages: Pages, *, align: int) -> bool:
+  """Goes past the pages that others computed; False where it is to wait for one of them.
+
+  Args:
+    sequence: holds pages.
+    pages: the cache.
+    align: computing begins at a multiple of it; divides the page size.
+  """
   while sequence.reused < sequence.found:
     node = sequence.nodes[sequence.reused]
     if node.ready:
       sequence.reused += 1
       # The last token is computed in any case, since what follows it is sampled there.
-      sequence.cached = min(sequence.reused * pages.page_size, sequence.length - 1)
+      last = (sequence.length - 1) // align * align
+      sequence.cached = min(sequence.reused * pages.page_size, last)
       sequence.passed = sequence.cached
       continue
     if node.writer is not None:

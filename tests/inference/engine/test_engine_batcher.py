@@ -1,217 +1,226 @@
 """The scheduling state, stepped by hand and by Hypothesis, with a device that is a formula."""
 
-import itertools
-
+import engine_formula as formula
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
+from engine_formula import Formula, batcher, check_whole, finish, next_token, sequence, step
 
-from intellect3.inference.engine.batcher import Batcher, Plan, Running
-from intellect3.inference.engine.request import Request
-from intellect3.inference.engine.steps import PADDING_SEGMENT, REAL_SEGMENT, Sampled
-
-
-def running(rid="r", prompt=(1, 2, 3), new=4, received=0.0, **more):
-  request = Request(rid=rid, input_ids=list(prompt), max_new_tokens=new, temperature=1.0, **more)
-  return Running(request, seed=(7 << 32) | 9, received=received)
-
-
-def next_token(seed: int, position: int) -> int:
-  return 100 + (seed * 31 + position * 7) % 50
-
-
-def formula(plan: Plan) -> tuple[Sampled | None, Sampled | None]:
-  """A device whose sample depends only on what the contract allows: the seed and the position."""
-
-  def rows(sampling):
-    seeds = sampling.seeds_R2.astype(np.int64)
-    ids = [
-      next_token(int(low), int(p)) for (_, low), p in zip(seeds, sampling.positions_R, strict=True)
-    ]
-    return np.asarray(ids, np.int32), -np.asarray(ids, np.float32)
-
-  prefilled = decoded = None
-  if plan.prefill is not None:
-    scores = plan.prefill.targets_RT.astype(np.float32) if plan.score else None
-    prefilled = Sampled(*rows(plan.prefill.sampling), scores)
-  if plan.decode is not None:
-    decoded = Sampled(*rows(plan.decode.sampling))
-  return prefilled, decoded
-
-
-def step(batcher: Batcher, version="v", now=1.0) -> list[Running]:
-  plan = batcher.plan()
-  return [] if plan is None else batcher.apply(plan, *formula(plan), version=version, now=now)
-
-
-def finish(batcher: Batcher, version="v") -> list[Running]:
-  done: list[Running] = []
-  for _ in range(10_000):
-    if batcher.idle:
-      return done
-    done += step(batcher, version)
-  raise AssertionError("the batcher does not come to an end")
-
-
-def make(slots=2, rows=2, chunk=4, **more) -> Batcher:
-  return Batcher(slots=slots, prefill_rows=rows, prefill_chunk=chunk, **more)
+from intellect3.inference.engine.steps import MAX_STOP_IDS
 
 
 def test_a_prompt_is_prefilled_in_chunks_and_sampled_at_its_end():
-  batcher, sequence = make(rows=2, chunk=4), running(prompt=range(1, 11), new=2)
-  batcher.add(sequence)
+  """Several rows of a call are of one sequence; its second call brings the sample."""
+  house, who = batcher(rows=2, chunk=4), sequence(prompt=range(1, 11), new=2)
+  device = Formula(house)
+  house.add(who)
   seen = []
-  for _ in range(3):
-    plan = batcher.plan()
+  for calls in (2, 1):
+    plan = house.plan()
     assert plan.decode is None and plan.prefill.tokens_RT.shape == (2, 4)
-    real = plan.prefill.segments_RT[0] == REAL_SEGMENT
-    tokens, positions = plan.prefill.tokens_RT[0][real], plan.prefill.positions_RT[0][real]
+    real = plan.prefill.valid_RT
+    assert len(plan.chunks) == calls and who.output_ids == []
+    tokens, positions = plan.prefill.tokens_RT[real], plan.prefill.positions_RT[real]
     seen += np.stack([tokens, positions], axis=1).tolist()
-    assert (plan.prefill.segments_RT[1] == PADDING_SEGMENT).all()
-    assert sequence.output_ids == []
-    batcher.apply(plan, *formula(plan), version="v", now=1.0)
+    house.apply(plan, *device(plan), version="v", now=1.0)
   assert seen == [[position + 1, position] for position in range(10)]
-  assert plan.prefill.last_R[0] == 1
-  assert sequence.output_ids == [next_token(9, 0)]
-  plan = batcher.plan()
+  assert plan.prefill.last_R[0] == 1 and who.output_ids == [next_token(9, 0)]
+  plan = house.plan()
   assert plan.prefill is None
-  slot = sequence.slot
+  slot = who.slot
   assert plan.decode.tokens_S[slot] == next_token(9, 0) and plan.decode.positions_S[slot] == 10
   assert plan.decode.sampling.positions_R[slot] == 1
   assert plan.decode.sampling.seeds_R2[slot].tolist() == [7, 9]
-  assert batcher.apply(plan, *formula(plan), version="v", now=2.0) == [sequence]
-  assert sequence.finish == {"type": "length", "length": 2} and batcher.idle
+  assert house.apply(plan, *device(plan), version="v", now=2.0) == [who]
+  assert who.finish == {"type": "length", "length": 2} and house.idle
+  assert (who.started, who.first_token, who.finished) == (1.0, 1.0, 2.0)
+  assert house.counters.prefilled == house.counters.prompt == 10 and house.counters.generated == 2
 
 
-def test_a_long_prompt_does_not_hold_up_decoding_nor_a_short_prompt():
-  batcher = make(slots=3, rows=2, chunk=2)
-  first = running("first", new=50)
-  batcher.add(first)
-  step(batcher), step(batcher)
-  long, short = running("long", prompt=range(20), new=1), running("short", prompt=[5], new=1)
-  batcher.add(long)
-  batcher.add(short)
-  before = len(first.output_ids)
-  assert step(batcher) == [short]
-  assert len(first.output_ids) == before + 1 and long.cached == 2
+def test_a_long_prompt_does_not_hold_up_decoding():
+  house = batcher(slots=3, rows=2, chunk=2, steps=8)
+  device, first = Formula(house), sequence("first", new=20)
+  house.add(first)
+  step(house, device)
+  long = sequence("long", prompt=range(20, 40), new=1)
+  house.add(long)
+  for call in range(1, 6):
+    before = len(first.output_ids)
+    done = step(house, device)
+    assert (len(first.output_ids) == before + 2 and long.cached == 4 * call) or done == [long]
+  assert long.finish is not None
+
+
+def test_while_others_wait_a_call_ends_when_a_quarter_of_its_sequences_has():
+  for waiting, quorum in ((True, 3), (False, 1)):
+    house = batcher(slots=4, steps=8)
+    for index in range(4 + waiting):
+      house.add(sequence(str(index), prompt=[index], new=9))
+    device = Formula(house)
+    for _ in range(3):
+      plan = house.plan()
+      house.apply(plan, *device(plan), version="v", now=1.0)
+    assert len(plan.decoding) == 4 and plan.decode.quorum == quorum
 
 
 def test_stop_rules_are_in_sglangs_order():
   token = next_token(9, 0)
+  many = frozenset(range(1000, 1000 + MAX_STOP_IDS)) | {next_token(9, 2)}
+  match = lambda ids, strings: strings[0] if len(ids) == 3 else None  # noqa: E731
   for more, new, eos, reason in [
     ({"stop_token_ids": frozenset([token])}, 4, (), {"type": "stop", "matched": token}),
     ({}, 4, (token,), {"type": "stop", "matched": token}),
     ({"stop_token_ids": frozenset([token])}, 1, (), {"type": "length", "length": 1}),
     ({"stop_token_ids": frozenset([token]), "ignore_eos": True}, 3, (token,), None),
     ({}, 0, (), {"type": "length", "length": 0}),
+    ({"stop_token_ids": many}, 9, (), {"type": "stop", "matched": next_token(9, 2)}),
+    ({"stop_strings": ("x",)}, 9, (), {"type": "stop", "matched": "x"}),
+    ({"stop_strings": ("x",)}, 3, (), {"type": "length", "length": 3}),
+    ({"stop_strings": ("x",), "ignore_eos": True}, 9, (token,), {"type": "stop", "matched": "x"}),
   ]:
-    batcher, sequence = make(eos_token_ids=eos), running(new=new, **more)
-    batcher.add(sequence)
-    finish(batcher)
-    assert sequence.finish == (reason or {"type": "length", "length": new})
+    house, who = batcher(eos_token_ids=eos, match_stop=match, steps=8), sequence(new=new, **more)
+    house.add(who)
+    finish(house, Formula(house))
+    assert who.finish == (reason or {"type": "length", "length": new})
+    if "matched" in (reason or {}) and who.request.stop_strings:
+      assert len(who.output_ids) == 3
+    check_whole(who)
+
+
+def test_what_was_decoded_beyond_a_stop_string_is_forgotten():
+  """Its experts are not told, and its keys and values are nobody's prefix."""
+  match = lambda ids, strings: "x" if len(ids) == 4 else None  # noqa: E731
+  house = batcher(steps=8, match_stop=match)
+  device, who = Formula(house), sequence(prompt=[1, 2, 3, 4], new=20, stop_strings=("x",))
+  house.add(who)
+  finish(house, device)
+  assert len(who.output_ids) == 4 and device.decode_positions == 8
+  check_whole(who)
+  # 4 prompt tokens and 3 outputs are in the cache; only the prompt is a whole page.
+  assert house.pages.unused == 1
+
+
+def test_ids_that_nobody_can_sample_are_no_trouble_as_stop_ids():
+  wild = frozenset([-1, 2**31, 2**63, next_token(9, 1)])
+  house, who = batcher(), sequence(new=4, stop_token_ids=wild, min_new_tokens=2)
+  house.add(who)
+  plan = house.plan()
+  known = plan.prefill.sampling.stops_RJ[0]
+  assert next_token(9, 1) in known and (known >= 0).all()
+  finish(house, Formula(house))
+  assert who.finish == {"type": "stop", "matched": next_token(9, 1)}
+
+
+def test_a_minimum_beyond_every_context_is_that_of_the_longest_output():
+  house, who = batcher(), sequence(new=3, min_new_tokens=2**40)
+  house.add(who)
+  finish(house, Formula(house))
+  assert who.finish == {"type": "length", "length": 3}
 
 
 def test_retraction_keeps_tokens_logprobs_and_spans():
-  batcher, sequence = make(chunk=2), running(prompt=[1, 2, 3], new=6)
-  batcher.add(sequence)
+  house, who = batcher(chunk=2), sequence(prompt=[1, 2, 3, 4, 5, 6], new=6)
+  device = Formula(house)
+  house.add(who)
   for _ in range(4):
-    step(batcher, "1")
-  kept, kept_logprobs = list(sequence.output_ids), list(sequence.output_logprobs)
-  assert len(kept) == 3 and batcher.retract() == 1
-  assert sequence.slot is None and batcher.num_running == 0 and batcher.num_waiting == 1
-  plan = batcher.plan()
-  assert plan.prefill.tokens_RT[0].tolist() == [1, 2]
-  batcher.apply(plan, *formula(plan), version="2", now=1.0)
-  plan = batcher.plan()
-  assert plan.prefill.tokens_RT[0].tolist() == [3, kept[0]]
-  batcher.apply(plan, *formula(plan), version="2", now=1.0)
-  plan = batcher.plan()
-  assert plan.prefill.tokens_RT[0].tolist() == kept[1:]
-  assert plan.prefill.sampling.positions_R[0] == 3
-  batcher.apply(plan, *formula(plan), version="2", now=1.0)
-  finish(batcher, "2")
-  assert sequence.output_ids[:3] == kept and sequence.output_logprobs[:3] == kept_logprobs
-  assert sequence.output_ids == [next_token(9, position) for position in range(6)]
-  assert sequence.spans == [["1", 0, 3], ["2", 3, 6]] and sequence.retractions == 1
+    step(house, device, "1")
+  kept, kept_logprobs = list(who.output_ids), list(who.output_logprobs)
+  assert len(kept) == 3 and house.retract() == 1 and who.cached == 0
+  assert who.slot is None and house.num_running == 0 and house.num_waiting == 1
+  house.forget_prefixes()
+  plan = house.plan()
+  assert plan.prefill.tokens_RT.tolist() == [[1, 2], [3, 4]]
+  house.apply(plan, *device(plan), version="2", now=1.0)
+  plan = house.plan()
+  assert plan.prefill.tokens_RT.tolist() == [[5, 6], kept[:2]]
+  house.apply(plan, *device(plan), version="2", now=1.0)
+  plan = house.plan()
+  assert plan.prefill.tokens_RT[0, 0] == kept[2] and plan.prefill.sampling.positions_R[0] == 3
+  house.apply(plan, *device(plan), version="2", now=1.0)
+  finish(house, device, "2")
+  assert who.output_ids[:3] == kept and who.output_logprobs[:3] == kept_logprobs
+  assert who.spans == [["1", 0, 3], ["2", 3, 6]] and who.retractions == 1
+  # Six of the prompt and two outputs were in the cache; the third output was not yet.
+  assert house.counters.reprefilled == 8 and house.counters.prefilled == 6 + 9
+  assert house.counters.retractions == 1 and house.counters.prompt == 6
+  check_whole(who)
 
 
 def test_retracted_sequences_return_in_order_of_arrival_before_those_that_wait():
-  batcher = make(slots=2)
+  house = batcher(slots=2)
   for index in range(3):
-    batcher.add(running(str(index), received=float(index)))
-  step(batcher)
-  batcher.retract()
-  plan = batcher.plan()
+    house.add(sequence(str(index), received=float(index)))
+  step(house, Formula(house))
+  house.retract()
+  plan = house.plan()
   assert [chunk.sequence.request.rid for chunk in plan.chunks] == ["0", "1"]
 
 
 def test_abort_ends_waiting_and_running_and_frees_their_slots():
-  batcher = make(slots=1)
-  one, two = running("one", new=9), running("two", new=9)
-  batcher.add(one)
-  batcher.add(two)
-  step(batcher), step(batcher)
-  assert batcher.abort("nobody") == []
-  assert batcher.abort("two") == [two] and two.output_ids == [] and batcher.num_waiting == 0
-  assert batcher.abort() == [one] and one.finish["type"] == "abort" and len(one.output_ids) == 2
-  assert batcher.idle
+  house = batcher(slots=1)
+  device, one, two = Formula(house), sequence("one", new=9), sequence("two", new=9)
+  house.add(one)
+  house.add(two)
+  step(house, device), step(house, device)
+  assert house.abort("nobody") == []
+  assert house.abort("two") == [two] and two.output_ids == [] and house.num_waiting == 0
+  assert house.abort() == [one] and one.finish["type"] == "abort" and len(one.output_ids) == 2
+  assert house.idle and house.pages.available == house.pages.count
+  check_whole(one)
 
 
-def test_input_logprobs_are_gathered_over_chunks_and_leave_out_the_first_token():
-  batcher = make(chunk=4)
-  sequence = running(prompt=range(10, 20), new=2, return_logprob=True, logprob_start=0)
-  batcher.add(sequence)
-  batcher.add(running("other"))
-  finish(batcher)
-  assert sequence.input_logprobs == [float(token) for token in range(11, 20)]
+def test_logprobs_of_the_prompt_survive_a_retraction():
+  for steps in range(1, 6):
+    house = batcher(rows=1, chunk=2)
+    device = Formula(house)
+    who = sequence(prompt=range(7), new=3, logprob_start=2, top_logprobs_num=1)
+    house.add(who)
+    for _ in range(steps):
+      step(house, device)
+    house.retract()
+    finish(house, device)
+    check_whole(who)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-  st.lists(
-    st.tuples(st.integers(1, 9), st.integers(0, 6), st.integers(0, 12), st.booleans()), max_size=8
-  ),
-  st.integers(1, 3),
-  st.integers(1, 3),
-  st.integers(1, 4),
-  st.lists(st.integers(0, 20), max_size=3),
-)
-def test_whatever_joins_when_every_sequence_ends_with_the_tokens_of_its_seed(
-  arrivals, slots, rows, chunk, retractions
-):
-  """No slot is shared, no shape changes, every sequence ends once, retracted or not."""
-  batcher = make(slots=slots, rows=rows, chunk=chunk)
-  sequences, done, turn = [], [], 0
-  while len(done) < len(arrivals):
-    for index, (length, new, joins, score) in enumerate(arrivals):
-      if joins == turn:
-        request = Request(
-          rid=str(index),
-          input_ids=list(range(length)),
-          max_new_tokens=new,
-          temperature=1.0,
-          return_logprob=score,
-          logprob_start=0 if score else None,
-        )
-        sequences.append(Running(request, seed=index, received=float(turn)))
-        batcher.add(sequences[-1])
-    if turn in retractions:
-      batcher.retract()
-    plan = batcher.plan()
-    if plan is not None:
-      held = [sequence.slot for sequence in sequences if sequence.slot is not None]
-      assert len(set(held)) == len(held) <= slots
-      if plan.decode is not None:
-        active = {s.slot for s in plan.decoding}
-        assert {i for i, s in enumerate(plan.decode.segments_S) if s == REAL_SEGMENT} == active
-      done += batcher.apply(plan, *formula(plan), version=str(turn), now=float(turn))
-    turn += 1
-    assert turn < 1000
-  assert batcher.idle and len(done) == len(set(map(id, done)))
-  for sequence in sequences:
-    new = sequence.request.max_new_tokens
-    assert sequence.output_ids == [next_token(sequence.seed, p) for p in range(new)]
-    assert sequence.spans[0][1] == 0 and sequence.spans[-1][2] == new
-    assert all(a[2] == b[1] for a, b in itertools.pairwise(sequence.spans))
-    if sequence.request.logprob_start is not None:
-      assert sequence.input_logprobs == [float(t) for t in sequence.request.input_ids[1:]]
+def test_penalties_count_from_where_a_sequence_stands():
+  house, device = (house := batcher(slots=1)), Formula(house)
+  who = sequence(new=6, frequency_penalty=1.0)
+  house.add(who)
+  plan = house.plan()
+  assert plan.resets == ((0, ()),) and plan.prefill.sampling.penalizes
+  house.apply(plan, *device(plan), version="v", now=1.0)
+  step(house, device)
+  house.retract()
+  plan = house.plan()
+  assert plan.resets == ((0, tuple(who.output_ids)),) and len(who.output_ids) == 2
+  house.apply(plan, *device(plan), version="v", now=1.0)
+  finish(house, device)
+  house.add(sequence())
+  assert house.plan().resets == ()
+
+
+def test_a_slot_forgets_how_its_last_tenant_sampled():
+  house = batcher(slots=1)
+  device = Formula(house)
+  wishes = {"top_k": 3, "top_p": 0.5, "min_p": 0.1, "top_logprobs_num": 2, "min_new_tokens": 3}
+  penalties = {"frequency_penalty": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.5}
+  house.add(sequence("1", new=4, **wishes, **penalties, stop_token_ids=frozenset([5, 6])))
+  finish(house, device)
+  house.add(sequence("2", new=4))
+  step(house, device)
+  sampling = house.plan().decode.sampling
+  assert not (sampling.filters or sampling.penalizes or sampling.top)
+  fresh = formula.empty_row(sampling)
+  for name, value in fresh.items():
+    np.testing.assert_array_equal(getattr(sampling, name)[0], value, name)
+
+
+def test_wrong_sizes_are_named():
+  for name, value in (("slots", 0), ("rows", 0), ("chunk", 0), ("steps", 0)):
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+      batcher(**{name: value})
+  with pytest.raises(ValueError, match=r"prefill_chunk: expected a divisor of page_size \(4\)"):
+    batcher(chunk=3)
+  with pytest.raises(
+    ValueError, match=r"max_total_tokens: expected at least context_length \(32\)"
+  ):
+    batcher(pages=7)
