@@ -1,7 +1,12 @@
-"""Settings that every test shares: CPU, no preallocation, a compilation cache across runs."""
+"""What every test shares: CPU, no preallocation, a compilation cache across runs; a model."""
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -9,3 +14,21 @@ os.environ.setdefault(
   str(pathlib.Path(__file__).resolve().parents[1] / "build" / "jax_cache"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+SFT = "experiments/configs/runs/demo_sft.gin"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+  """A model that reverses some words and copies others, as the demo's warm-up makes it."""
+  out = tmp_path_factory.mktemp("warm_up") / "sft"
+  command = [sys.executable, "-m", "experiments.sft_run", "--gin", SFT, "--out", str(out)]
+  result = subprocess.run(
+    [*command, "--set", "sft.run.steps=90", "--set", "schedule.linear.steps=90"],
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
+  assert result.returncode == 0, result.stderr
+  assert json.loads((out / "summary.json").read_text())["loss_end"] < 1.5
+  return out / "model"

@@ -22,7 +22,6 @@ from intellect3 import rollout_log, telemetry, types
 from tests.rollouts.helpers import all_records
 
 DEMO = "experiments/configs/runs/demo.gin"
-SFT = "experiments/configs/runs/demo_sft.gin"
 
 SMALL = {
   "rl.run.num_workers": 0,
@@ -99,22 +98,6 @@ def processes_of(out):
 
 def final_weights(out, step):
   return safetensors.numpy.load_file(out / "weights" / f"v_{step:06d}" / "model.safetensors")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-  """A model that reverses some words and copies others, as the demo's warm-up makes it."""
-  out = tmp_path_factory.mktemp("warm_up") / "sft"
-  command = [sys.executable, "-m", "experiments.sft_run", "--gin", SFT, "--out", str(out)]
-  result = subprocess.run(
-    [*command, "--set", "sft.run.steps=90", "--set", "schedule.linear.steps=90"],
-    capture_output=True,
-    text=True,
-    timeout=240,
-  )
-  assert result.returncode == 0, result.stderr
-  assert json.loads((out / "summary.json").read_text())["loss_end"] < 1.5
-  return out / "model"
 
 
 @pytest.fixture(scope="session")
@@ -358,4 +341,4 @@ def test_ctrl_c_ends_all(model, tmp_path):
 
 
 def test_the_paths_of_this_module_exist():
-  assert pathlib.Path(DEMO).exists() and pathlib.Path(SFT).exists()
+  assert pathlib.Path(DEMO).exists()
