@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -20,7 +21,11 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class ChatTemplate:
-  """A compiled template. Immutable; may be used on any thread."""
+  """A compiled template. Immutable; may be used on any thread.
+
+  Attributes:
+    takes_parts: whether a message's content may be a list of parts; else it must be text.
+  """
 
   def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
     """Compiles a template.
@@ -40,8 +45,10 @@ class ChatTemplate:
     environment.globals["strftime_now"] = _now
     try:
       self._template = environment.from_string(source)
+      loops = environment.parse(source).find_all(nodes.For)
     except jinja2.TemplateError as error:
       raise ValueError(f"chat template: {error}") from error
+    self.takes_parts = any(_is_content(loop.iter) for loop in loops)
     self._special_tokens = dict(special_tokens or {})
 
   def render(
@@ -115,6 +122,16 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(token, str):
       tokens[name] = token
   return tokens
+
+
+def _is_content(node: nodes.Node) -> bool:
+  """Whether an expression is a message's content: `content`, `m.content` or `m['content']`."""
+  if isinstance(node, nodes.Getitem):
+    node = node.arg
+    return isinstance(node, nodes.Const) and node.value == "content"
+  if isinstance(node, nodes.Getattr):
+    return node.attr == "content"
+  return isinstance(node, nodes.Name) and node.name == "content"
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:

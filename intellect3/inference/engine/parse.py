@@ -307,16 +307,17 @@ def _request(
   if settled["stop_strings"] and text is None:
     raise RequestError("stop: the model directory has no tokenizer.json.")
   start = wishes.logprob_start_len
-  if start is not None and start >= len(prompt):
+  if start is not None and start > len(prompt):
     raise RequestError(
       f"logprob_start_len ({start}) is higher than the number of input tokens ({len(prompt)})."
     )
+  scores = wishes.return_logprob and start is not None and 0 <= start < len(prompt)
   logprobs = wishes.return_logprob
   return Request(
     rid=rid,
     input_ids=prompt,
     return_logprob=logprobs,
-    logprob_start=start if logprobs and start is not None and start >= 0 else None,
+    logprob_start=start if scores else None,
     top_logprobs_num=wishes.top_logprobs_num if logprobs else 0,
     return_routed_experts=wishes.return_routed_experts,
     extra_key=wishes.extra_key,

@@ -155,11 +155,16 @@ def test_a_final_message_is_continued(served):
   assert status == 400 and "continue_final_message" in answer["message"]
 
 
-def test_content_parts_are_text(served):
+def test_content_parts_are_text(served, tmp_path):
   parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
   _, _, [request] = chat(served, ["x"], messages=[{"role": "user", "content": parts}])
-  _, _, [plain] = chat(served, ["x"])
+  _, _, [plain] = chat(served, ["x"], messages=[{"role": "user", "content": "h i"}])
   assert request.input_ids == plain.input_ids
+  template = "{% for part in messages[0].content %}<{{ part.text }}>{% endfor %}"
+  (tmp_path / "parts.jinja").write_text(template)
+  serving = recorded_serving(MODEL_A, "--chat-template", str(tmp_path / "parts.jinja"))
+  _, _, [request] = chat(serving, ["x"], messages=[{"role": "user", "content": parts}])
+  assert request.input_ids == TEXT.encode("<h><i>", special=False)
 
 
 @pytest.mark.parametrize(

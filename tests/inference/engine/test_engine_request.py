@@ -234,8 +234,9 @@ def test_score_positions():
   assert one(return_logprob=True, logprob_start_len=-1).logprob_start is None
   assert one(return_logprob=True, logprob_start_len=2).logprob_start == 2
   assert one(logprob_start_len=0).logprob_start is None
+  assert one(return_logprob=True, logprob_start_len=3).logprob_start is None
   with pytest.raises(RequestError, match="logprob_start_len"):
-    one(return_logprob=True, logprob_start_len=3)
+    one(return_logprob=True, logprob_start_len=4)
 
 
 JSON = st.recursive(

@@ -217,7 +217,10 @@ def _prompt(
 ) -> list[int]:
   if serving.chat is None or serving.text is None:
     raise RequestError("messages: the model directory has no chat template; send input_ids.")
-  messages = [_message(index, message) for index, message in enumerate(asked.messages)]
+  messages = [
+    _message(index, message, parts=serving.chat.takes_parts)
+    for index, message in enumerate(asked.messages)
+  ]
   prefix = ""
   if messages[-1]["role"] == "assistant":
     if not asked.continue_final_message:
@@ -225,6 +228,8 @@ def _prompt(
         "messages: the last one is the assistant's; set continue_final_message to go on with it."
       )
     prefix = messages.pop()["content"]
+    if not isinstance(prefix, str):
+      raise RequestError("messages: expected text for content of the one to be continued.")
   try:
     rendered = serving.chat.render(messages, tools=tools or None, **variables)
   except (ValueError, TypeError) as error:
@@ -233,12 +238,12 @@ def _prompt(
   return prompt + serving.text.encode(prefix, special=False) if prefix else prompt
 
 
-def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
-  """A message as templates expect it: text for content, objects for arguments."""
+def _message(index: int, message: dict[str, Any], *, parts: bool) -> dict[str, Any]:
+  """A message as templates expect it: content is text, or parts of it; arguments are objects."""
   role = message.get("role")
   if role not in ROLES:
     raise RequestError(f"messages[{index}].role: expected one of {', '.join(ROLES)}, got {role!r}")
-  message = message | {"content": _content(index, message.get("content"))}
+  message = message | {"content": _content(index, message.get("content"), parts)}
   calls = message.get("tool_calls")
   if calls is None:
     return message
@@ -247,12 +252,14 @@ def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
   return message | {"tool_calls": [_past_call(index, call) for call in calls]}
 
 
-def _content(index: int, content: Any) -> str:
+def _content(index: int, content: Any, parts: bool) -> str | list[dict[str, str]]:
   if content is None or isinstance(content, str):
     return content or ""
-  parts = content if isinstance(content, list) else [None]
-  texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-  return "".join(parse.typed(f"messages[{index}].content", texts, list[str]))
+  given = content if isinstance(content, list) else [None]
+  found = [part.get("text") if isinstance(part, dict) else part for part in given]
+  texts = parse.typed(f"messages[{index}].content", found, list[str])
+  # As SGLang joins them where the template cannot.
+  return [{"type": "text", "text": text} for text in texts] if parts else " ".join(texts)
 
 
 def _past_call(index: int, call: Any) -> dict[str, Any]:
