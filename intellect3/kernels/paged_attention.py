@@ -61,8 +61,7 @@ def paged_attention(
   longest = jnp.max(jnp.where(valid_BT, positions_BT + 1, 0))
   # Queries of one kv head lie together: one matrix product per row, page and kv head.
   q_BKQH = (
-    (q_BTNH * jnp.asarray(scale, q_BTNH.dtype))
-    .reshape(batch, queries, kv_heads, groups, head_dim)
+    q_BTNH.reshape(batch, queries, kv_heads, groups, head_dim)
     .transpose(0, 2, 1, 3, 4)
     .reshape(batch, kv_heads, queries * groups, head_dim)
   )
@@ -75,7 +74,7 @@ def paged_attention(
     positions_XO = index * span + jnp.arange(span).reshape(width, page_size)
     visible_BXQO = limits_BQ[:, None, :, None] >= positions_XO[:, None, :]
     visible_BXKQO = visible_BXQO[:, :, None]
-    scores_BXKQO = jnp.einsum(
+    scores_BXKQO = scale * jnp.einsum(
       "BKQH,BXKOH->BXKQO", q_BKQH, k_LPKOH[layer, table_BX], preferred_element_type=jnp.float32
     )
     scores_BXKQO = jnp.where(visible_BXKQO, scores_BXKQO, lowest)

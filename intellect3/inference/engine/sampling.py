@@ -46,7 +46,9 @@ def sample(
   scaled_RV = logits_RV / jnp.where(greedy_R, 1, sampling.temperatures_R)[:, None]
   highest_R1 = jnp.max(scaled_RV, axis=1, keepdims=True)
   weights_RV = jnp.exp(scaled_RV - highest_R1)
-  logprobs_RV = scaled_RV - highest_R1 - jnp.log(jnp.sum(weights_RV, axis=1, keepdims=True))
+  # In the order of `losses.logprobs`, so that both round alike.
+  normaliser_R1 = jnp.log(jnp.sum(weights_RV, axis=1, keepdims=True)) + highest_R1
+  logprobs_RV = scaled_RV - normaliser_R1
   weights_RV = jax.lax.cond(
     sampling.filters, _filter, lambda weights, *_: weights, weights_RV, sampling
   )
@@ -81,10 +83,13 @@ def _invert(weights_RN: jax.Array, uniform_R: jax.Array) -> jax.Array:
   """The first index whose running sum exceeds `uniform` of the total; never one of weight 0."""
   sums_RN = jnp.cumsum(weights_RN, axis=1)
   target_R1 = (uniform_R * sums_RN[:, -1])[:, None]
-  index_R = jnp.sum(sums_RN <= target_R1, axis=1)
-  # Rounding can push the target to the total: the last index that has weight.
   positions_N = jnp.arange(weights_RN.shape[1])
-  return jnp.minimum(index_R, jnp.max(jnp.where(weights_RN > 0, positions_N, 0), axis=1))
+  weighty_RN = weights_RN > 0
+  # The sums of a long row are made of partial ones: they can grow, or fall, where there is no weight.
+  index_RN = jnp.where(weighty_RN & (sums_RN > target_R1), positions_N, positions_N.size)
+  # Rounding can push the target to the total: the last index that has weight.
+  last_R = jnp.max(jnp.where(weighty_RN, positions_N, 0), axis=1)
+  return jnp.minimum(jnp.min(index_RN, axis=1), last_R)
 
 
 def top(logprobs_RV: jax.Array, count: int, wanted: jax.Array) -> Top:
@@ -121,10 +126,11 @@ def _filter(weights_RV: jax.Array, sampling: Sampling) -> jax.Array:
   total_R1 = jnp.sum(sorted_RV, axis=1, keepdims=True)
   before_RV = jnp.cumsum(sorted_RV, axis=1) - sorted_RV
   rank_V = jnp.arange(weights_RV.shape[1])
-  top_k_R1 = sampling.top_k_R[:, None]
+  # Sums round: a top_p of 1 is not left to them, so that it excludes nothing.
+  top_k_R1, top_p_R1 = sampling.top_k_R[:, None], sampling.top_p_R[:, None]
   keep_RV = (
     ((top_k_R1 == 0) | (rank_V < top_k_R1))
-    & (before_RV <= sampling.top_p_R[:, None] * total_R1)
+    & ((top_p_R1 == 1) | (before_RV <= top_p_R1 * total_R1))
     & (sorted_RV >= sampling.min_p_R[:, None] * sorted_RV[:, :1])
   )
   keep_RV = keep_RV.at[:, 0].set(True)

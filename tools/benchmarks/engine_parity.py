@@ -1,0 +1,134 @@
+"""How far the engine's logprobs are from the trainer's forward pass on the same weights.
+
+    python -m tools.benchmarks.engine_parity [--model DIR] [--dtype bfloat16] [--json FILE]
+
+Samples from the engine (deterministic mode, no HTTP) and scores what it sampled as the trainer
+does: whole sequences in one call, no cache. Prints the largest and the mean difference, the share
+of tokens whose logprobs agree bit for bit and the mismatch KL `mean(expm1(d) - d)`; for scale, the
+same between the trainer's forward in float32 and in the dtype asked for.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from intellect3.inference.engine import flags, server
+from intellect3.inference.engine.request import Request
+from intellect3.inference.engine.sequence import Sequence
+from intellect3.losses.logprobs import chunked_logprobs
+from intellect3.models import hf, presets, transformer
+from intellect3.models.config import ModelConfig
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description="The engine's logprobs against the trainer's.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--model", help="model directory; None: the preset, random")
+  add("--preset", default="tiny", help="of intellect3.models.presets, where no model is given")
+  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both sides")
+  add("--requests", type=int, default=64)
+  add("--prompt-tokens", type=int, default=32)
+  add("--new-tokens", type=int, default=64)
+  add("--json", help="JSON file; None: only print")
+  arguments = parser.parse_args()
+  with tempfile.TemporaryDirectory() as directory:
+    model = arguments.model
+    if model is None:
+      model = str(pathlib.Path(directory) / "model")
+      config = getattr(presets, arguments.preset)()
+      hf.save(model, config, jax.device_get(transformer.init(config, jax.random.key(0))))
+    result = {**vars(arguments), "jax": jax.__version__, **measure(model, arguments)}
+  print(json.dumps(result, indent=2))
+  if arguments.json:
+    pathlib.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+  """Samples and scores; returns the figures."""
+  length = arguments.prompt_tokens + arguments.new_tokens
+  options = [f"--context-length={length}", f"--dtype={arguments.dtype}"]
+  options += ["--enable-deterministic-inference", f"--slots={arguments.requests}"]
+  parts = server.build(flags.parse(["--model", model, "--port", "0", *options]))
+  config, params = parts.device.config, parts.device.host_params()
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(1, config.vocab_size, (arguments.requests, arguments.prompt_tokens))
+  sampled = _sample(parts, prompts, arguments.new_tokens)
+  tokens = np.asarray([sequence.tokens for sequence in sampled], np.int32)
+  theirs = np.asarray([sequence.output_logprobs for sequence in sampled], np.float32)
+  ours = _score(config, params, tokens)[:, -arguments.new_tokens :]
+  wide = dataclasses.replace(config, dtype="float32")
+  return {
+    "engine_against_trainer": compare(theirs, ours),
+    "float32_against_trainer": compare(
+      _score(wide, params, tokens)[:, -arguments.new_tokens :], ours
+    ),
+  }
+
+
+def compare(inference_logprobs: np.ndarray, logprobs: np.ndarray) -> dict[str, float]:
+  """Differences, in nats; the KL's estimator is computed in float64."""
+  d = logprobs.astype(np.float64) - inference_logprobs.astype(np.float64)
+  return {
+    "max_difference": float(np.max(np.abs(d))),
+    "mean_difference": float(np.mean(np.abs(d))),
+    "bitwise_share": float(np.mean(inference_logprobs == logprobs)),
+    "mismatch_kl": float(np.mean(np.expm1(d) - d)),
+  }
+
+
+def _sample(parts: server.Parts, prompts: np.ndarray, new_tokens: int) -> list[Sequence]:
+  sequences = []
+  for index, prompt in enumerate(prompts.tolist()):
+    request = Request(
+      rid=str(index),
+      input_ids=prompt,
+      max_new_tokens=new_tokens,
+      temperature=1.0,
+      ignore_eos=True,
+      return_logprob=True,
+    )
+    sequences.append(Sequence(request, seed=index, received=float(index)))
+    parts.batcher.add(sequences[-1])
+  while not parts.batcher.idle:
+    plan = parts.batcher.plan()
+    assert plan is not None
+    parts.batcher.apply(plan, *parts.device.run(plan), version="0", now=time.time())
+  return sequences
+
+
+def _score(config: ModelConfig, params: Any, tokens_BT: np.ndarray) -> np.ndarray:
+  """The trainer's logprobs of tokens 1, 2, ..., float32 [B, T - 1]."""
+
+  @jax.jit
+  def score(params, tokens_BT):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    output: Any = transformer.Transformer(config).apply(
+      {"params": params}, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
+    )
+    hidden_ND = output.hidden_BTD[:, :-1].reshape(-1, config.embed_dim)
+    targets_N = tokens_BT[:, 1:].reshape(-1)
+    logprobs_N, _ = chunked_logprobs(
+      hidden_ND,
+      transformer.head(params, config),
+      targets_N,
+      temperature_N=jnp.ones(targets_N.size, jnp.float32),
+      chunk_size=512,
+    )
+    return logprobs_N.reshape(tokens_BT.shape[0], -1)
+
+  return np.asarray(score(params, tokens_BT))
+
+
+if __name__ == "__main__":
+  main()
