@@ -351,7 +351,7 @@ class Engine:
 
   def _finish_update(self) -> None:
     update = self._update
-    if update is None or not (self.paused or self._batcher.idle):
+    if update is None or not (self._halted or self._batcher.idle):
       return
     if update.flush_cache and self._batcher.num_running:
       update.done.set_exception(
