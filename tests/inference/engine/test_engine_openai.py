@@ -1,12 +1,19 @@
 """OpenAI's routes over a scripted engine: what is asked of it, and how its tokens are told."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 from engine_http import MODEL_A
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted import ScriptedEngine, recorded_serving, replay
 
+from intellect3.inference.engine import parse
+from intellect3.inference.engine.openai import chat as chats
+from intellect3.inference.engine.openai import completions
+from intellect3.inference.engine.request import RequestError
 from intellect3.inference.engine.text import load
 
 TEXT = load(MODEL_A, 512)
@@ -311,3 +318,50 @@ def test_a_streamed_completion_says_what_a_whole_one_says(served):
   assert told == expected["logprobs"]["token_logprobs"]
   assert choices[-1]["finish_reason"] == "stop" and choices[0]["finish_reason"] is None
   assert usage["usage"] == whole["usage"] and not math.isnan(told[-1])
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+  ),
+  max_leaves=6,
+)
+KEYS = ("role", "content", "tool_calls", "function", "name", "arguments", "type", "text")
+PARTS = st.recursive(
+  st.sampled_from(["user", "assistant", "tool", "text", "x", '{"a": 1}', "[", None, 3, {}]),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+  ),
+  max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+  st.lists(st.dictionaries(st.sampled_from(KEYS), PARTS, max_size=4), min_size=1, max_size=3),
+  st.dictionaries(st.sampled_from(sorted(chats.SUPPORTED)), JSON | PARTS, max_size=3),
+)
+def test_any_chat_is_planned_or_refused(served, messages, more):
+  """Nothing that a client sends raises anything but RequestError."""
+  for body in ({"messages": messages} | more, {"messages": messages, "tools": messages}):
+    try:
+      fields = parse.parse_body(json.dumps(body).encode())
+      plan = chats.plan(chats.read(fields), served)
+    except RequestError as refused:
+      assert refused.status == 400
+    else:
+      assert plan.call.requests
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(completions.SUPPORTED)), JSON, max_size=4))
+def test_any_completion_is_planned_or_refused(served, body):
+  for fields in (body, body | {"prompt": [1, 2]}):
+    try:
+      fields = parse.parse_body(json.dumps(fields).encode())
+      call = completions.plan(completions.read(fields), served.limits, served.text)
+    except RequestError as refused:
+      assert refused.status == 400
+    else:
+      assert call.requests

@@ -80,6 +80,11 @@ def test_sampling_parameters_arrive():
   assert request.seed == 2**64 - 1 and request.no_stop_trim and not request.skip_special_tokens
 
 
+def test_very_low_temperatures_are_greedy():
+  assert one({"temperature": 9e-7}).temperature == 0.0
+  assert one({"temperature": 2e-6}).temperature == 2e-6
+
+
 @pytest.mark.parametrize("off", [{"top_k": -1}, {"top_k": 1 << 30}, {"top_k": 512}, {"top_p": 1}])
 def test_filters_that_leave_nothing_out_are_none(off):
   assert not one(off).filters

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import socket
-import time
 
 import jax
 import numpy as np
@@ -249,11 +248,11 @@ def test_a_client_that_goes_away_frees_its_slot(served):
   body = json.dumps({"input_ids": PROMPT, "sampling_params": LONG | {"max_new_tokens": 900}})
   with socket.create_connection(("127.0.0.1", served.port)) as connection:
     head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    before = served.state()["generated_tokens"]
     connection.sendall((head + body).encode())
     served.wait_until(lambda state: state["running_requests"] == 1)
-  began = time.monotonic()
   served.wait_until(lambda state: state["running_requests"] == 0)
-  assert time.monotonic() - began < 1.0
+  assert served.state()["generated_tokens"] - before < 800
 
 
 def test_a_name_that_is_in_use_is_refused(served):

@@ -111,8 +111,10 @@ def test_a_client_that_leaves_a_stream_ends_it(client):
   with socket.create_connection(("127.0.0.1", client.port)) as connection:
     head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     connection.sendall((head + body).encode())
+    before = client.state()["generated_tokens"]
     assert b"200 OK" in connection.recv(4096)
-  client.wait_until(lambda state: state["running_requests"] == 0, seconds=5)
+  client.wait_until(lambda state: state["running_requests"] == 0)
+  assert client.state()["generated_tokens"] - before < 800
 
 
 def test_an_aborted_stream_ends_with_what_there_is(client):
