@@ -85,7 +85,7 @@ def _invert(weights_RN: jax.Array, uniform_R: jax.Array) -> jax.Array:
   target_R1 = (uniform_R * sums_RN[:, -1])[:, None]
   positions_N = jnp.arange(weights_RN.shape[1])
   weighty_RN = weights_RN > 0
-  # The sums of a long row are made of partial ones: they can grow, or fall, where there is no weight.
+  # Sums of a long row are made of partial ones: where there is no weight they can grow, or fall.
   index_RN = jnp.where(weighty_RN & (sums_RN > target_R1), positions_N, positions_N.size)
   # Rounding can push the target to the total: the last index that has weight.
   last_R = jnp.max(jnp.where(weighty_RN, positions_N, 0), axis=1)
