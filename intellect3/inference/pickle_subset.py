@@ -5,7 +5,7 @@ it, and a name is a `Global` that is never looked up. Operations outside the sub
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,13 @@ class Persistent:
   value: Any
 
 
+@dataclass(frozen=True)
+class Chunks:
+  """Bytes in pieces (memoryviews of bytes too), written without being put together first."""
+
+  pieces: Sequence[bytes | memoryview]
+
+
 def dump(value: Any, *, protocol: int = 4) -> bytes:
   """Writes one pickle.
 
@@ -43,7 +50,7 @@ def dump(value: Any, *, protocol: int = 4) -> bytes:
   Raises:
     ValueError: a value of another type.
   """
-  parts: list[bytes] = [bytes([0x80, protocol])]
+  parts: list[bytes | memoryview] = [bytes([0x80, protocol])]
   _dump(value, parts, {})
   parts.append(b".")
   return b"".join(parts)
@@ -71,7 +78,7 @@ def load(data: bytes | memoryview, position: int = 0) -> tuple[Any, int]:
     ) from error
 
 
-def _dump(value: Any, parts: list[bytes], memo: dict[int, int]) -> None:
+def _dump(value: Any, parts: list[bytes | memoryview], memo: dict[int, int]) -> None:
   match value:
     case None:
       parts.append(b"N")
@@ -84,6 +91,8 @@ def _dump(value: Any, parts: list[bytes], memo: dict[int, int]) -> None:
       parts += [b"X", struct.pack("<I", len(text)), text]
     case bytes():
       parts += [b"\x8e", struct.pack("<Q", len(value)), value]
+    case Chunks(pieces):
+      parts += [b"\x8e", struct.pack("<Q", sum(map(len, pieces))), *pieces]
     case tuple():
       parts.append(b"(")
       for item in value:

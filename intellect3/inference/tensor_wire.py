@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from intellect3.inference import pickle_subset
-from intellect3.inference.pickle_subset import Call, Global
+from intellect3.inference.pickle_subset import Call, Chunks, Global
 
 STORAGES: Mapping[str, np.dtype] = {
   "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -151,7 +151,7 @@ def _rebuild(name: str, arguments: tuple, storages: dict[int, np.ndarray]) -> np
   return elements[offset : offset + size].reshape(shape)
 
 
-def _write_storage(dtype: np.dtype, arrays: Sequence[np.ndarray]) -> bytes:
+def _write_storage(dtype: np.dtype, arrays: Sequence[np.ndarray]) -> Chunks:
   """What `torch.save` writes for a typed storage in its older format: five pickles, then bytes."""
   size = sum(array.size for array in arrays)
   types = {"short": 2, "int": 4, "long": 4}
@@ -159,14 +159,14 @@ def _write_storage(dtype: np.dtype, arrays: Sequence[np.ndarray]) -> bytes:
     ("storage", Global("torch", _NAMES[dtype]), "0", "cpu", size, None)
   )
   info = {"protocol_version": _PROTOCOL, "little_endian": True, "type_sizes": types}
-  parts = [
+  parts: list[bytes | memoryview] = [
     # The protocol that torch.load expects here.
     pickle_subset.dump(part, protocol=2)
     for part in (_MAGIC, _PROTOCOL, info, persistent, ["0"])
   ]
   parts.append(struct.pack("<q", size))
-  parts += [np.ascontiguousarray(array).tobytes() for array in arrays]
-  return b"".join(parts)
+  parts += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
+  return Chunks(parts)
 
 
 def _read_storage(name: str, data: memoryview) -> np.ndarray:
