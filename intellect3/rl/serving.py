@@ -6,14 +6,7 @@ import logging
 import pathlib
 from collections.abc import Sequence
 
-from intellect3.inference import (
-  control,
-  fleet,
-  launch,
-  tensor_sync,
-  transport,
-  weight_sync,
-)
+from intellect3.inference import control, fleet, tensor_sync, transport, weight_sync
 from intellect3.rl import checks
 from intellect3.rl.roles import NotStarted, Shared
 from intellect3.rl.servers import ServerList
@@ -23,6 +16,7 @@ from intellect3.weights import tensors
 logger = logging.getLogger(__name__)
 
 TRANSPORTS = ("disk", "tensor")
+START_PROBE_SECONDS = 0.2
 LEAST_BOUND = 1e-4
 """Of a canary bound that is calibrated: what float32 servers keep anyway."""
 
@@ -86,7 +80,6 @@ class Serving:
   ) -> None:
     self._shared = shared
     self._settings = settings
-    self._http = http
     self._bound = settings.canary_bound
     self._prepared: dict[int, _Prepared] = {}
     self._control = control.ServerControl(
@@ -110,13 +103,25 @@ class Serving:
     Raises:
       TimeoutError: one did not.
     """
-    await asyncio.gather(
-      *(
-        launch.wait_until_healthy(self._http, url, self._settings.start_seconds, alive=lambda: True)
-        for url in self._shared.server_urls
-      )
-    )
+    await asyncio.gather(*map(self._until_it_answers, self._shared.server_urls))
     self._watch = asyncio.ensure_future(self._fleet.watch())
+
+  async def _until_it_answers(self, url: str) -> None:
+    """Asks for `/model_info` and not `/health`, and lets the server go on: an orchestrator that
+    died while it synced weights may have left it paused, and then a health probe would break it."""
+    last = "nothing"
+    try:
+      async with asyncio.timeout(self._settings.start_seconds):
+        while True:
+          outcome = (await self._control.model_info(urls=[url]))[url]
+          if outcome.ok:
+            await self._control.resume(urls=[url])
+            return
+          last = outcome.error or last
+          await asyncio.sleep(START_PROBE_SECONDS)
+    except TimeoutError:
+      seconds = self._settings.start_seconds
+      raise TimeoutError(f"{url}: no server after {seconds:g} s; last answer: {last}") from None
 
   async def sync(self, version: int) -> weight_sync.SyncReport:
     """Brings a published version to all servers and checks it (contract 8)."""
