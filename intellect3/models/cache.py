@@ -48,6 +48,9 @@ def write(
 ) -> KVCache:
   """Writes one layer's keys and values; invalid tokens and those beyond the table write nothing.
 
+  Values that are no finite numbers are written as 0; the keys beside them stay, so that whoever may
+  see them still gets no number.
+
   Args:
     cache: the carry.
     layer: int scalar.
@@ -62,6 +65,9 @@ def write(
   pages_BT = jnp.take_along_axis(tables_BW, index_BT, axis=1, mode="clip")
   pages_BT = jnp.where(valid_BT & (index_BT < tables_BW.shape[1]), pages_BT, pages)
   at = (layer, pages_BT, slice(None), positions_BT % page_size)
+  # Attention multiplies values that a row may not see by 0: a page that broken weights once filled
+  # must not spoil who has it next.
+  v_BTKH = jnp.where(jnp.isfinite(v_BTKH), v_BTKH, 0)
   return KVCache(
     cache.k_LPKOH.at[at].set(k_BTKH.astype(cache.k_LPKOH.dtype), mode="drop"),
     cache.v_LPKOH.at[at].set(v_BTKH.astype(cache.v_LPKOH.dtype), mode="drop"),
