@@ -34,6 +34,25 @@ def test_renders_as_transformers_does(tools, variables):
   assert chat_template.load(MODEL).render(MESSAGES, tools=tools, **variables) == expected
 
 
+def test_blocks_leave_no_space_behind():
+  """As transformers sets Jinja up: the line of a block is nothing."""
+  source = "a\n  {% if true %}\nb\n  {% endif %}\nc"
+  assert ChatTemplate(source).render([]) == "a\nb\nc"
+
+
+@pytest.mark.parametrize(
+  ("source", "takes"),
+  [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
+    ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", True),
+    ("{% for p in messages[0]['content'] %}{{ p }}{% endfor %}", True),
+    ("{% macro text(content) %}{% for i in content %}{{ i }}{% endfor %}{% endmacro %}", True),
+  ],
+)
+def test_templates_that_take_parts_are_known(source, takes):
+  assert ChatTemplate(source).takes_parts is takes
+
+
 def test_the_template_is_found_where_models_keep_it(tmp_path):
   assert chat_template.load(tmp_path) is None
   write_tokenizer(tmp_path)

@@ -53,14 +53,15 @@ def output_of(reply, *, layers=2, dense=1, active=2):
 
 
 class ScriptedEngine:
-  """Has the interface of `loop.Engine`; its n-th request is answered with the n-th output."""
+  """Has the interface of `loop.Engine`; its n-th request is answered with the n-th output, of
+  which streams hear token by token, or of all at once."""
 
-  def __init__(self, outputs, version="default"):
+  def __init__(self, outputs, version="default", *, at_once=False):
     self.weights = Weights("MODEL_DIR_A", version)
     self.paused, self.alive = False, True
     self.requests, self.aborted, self.updates = [], [], []
     self.on_events = None
-    self._outputs = list(outputs)
+    self._outputs, self._at_once = list(outputs), at_once
     self._tasks = []
 
   def submit(self, request):
@@ -76,7 +77,8 @@ class ScriptedEngine:
     finish = output.pop("finish")
     for name, value in output.items():
       setattr(sequence, name, value)
-    for length in range(1, len(sequence.output_ids)) if sequence.request.stream else ():
+    by_token = sequence.request.stream and not self._at_once
+    for length in range(1, len(sequence.output_ids)) if by_token else ():
       self.on_events([Event(sequence, length, False)])
       await asyncio.sleep(0.001)
     sequence.finish, sequence.finished = finish, time.time() + 1e-3

@@ -250,6 +250,31 @@ def test_a_streamed_chat_says_what_a_whole_one_says(served):
   assert usage["choices"] == [] and usage["usage"] == whole["usage"]
 
 
+def test_a_call_that_the_length_ends_is_told_with_its_length(served):
+  finish = {"type": "length", "length": 9}
+  said = output("</think><tool_call>now\n</tool_call>", finish=finish)
+  for stream in (False, True):
+    body = {"messages": MESSAGES, "tools": [TOOL], "stream": stream}
+    exchange = ("POST", "/v1/chat/completions", body)
+    [(_, answer)] = replay(served, ScriptedEngine([said]), exchange)
+    choice = (events_of(answer)[-1] if stream else answer)["choices"][0]
+    assert stream or choice["message"]["tool_calls"][0]["function"]["name"] == "now"
+    assert choice["finish_reason"] == "length"
+
+
+def test_logprobs_of_several_things_said_at_once_are_told_once(served):
+  """One event of many tokens: reasoning, content and a call."""
+  said = output("why</think>so <tool_call>now\n</tool_call>")
+  engine = ScriptedEngine([said], at_once=True)
+  body = {"messages": MESSAGES, "tools": [TOOL], "stream": True, "logprobs": True}
+  [(_, answer)] = replay(served, engine, ("POST", "/v1/chat/completions", body))
+  chunks = [event["choices"][0] for event in events_of(answer)]
+  deltas = [chunk["delta"] for chunk in chunks]
+  assert [delta.get("content") for delta in deltas if delta.get("content")] == ["so "]
+  told = [len(chunk["logprobs"]["content"]) for chunk in chunks if chunk["logprobs"]]
+  assert told == [len(said["output_ids"])]
+
+
 def test_streamed_choices_are_told_apart(served):
   _, answer, _ = chat(served, ["a</think>one", "b</think>two"], n=2, stream=True)
   content = {0: "", 1: ""}

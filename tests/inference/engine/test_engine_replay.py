@@ -275,6 +275,8 @@ def test_where_sglang_dies_or_hangs_ours_answers(served):
   engine.paused = True
   for name in ("health_while_paused", "z_health_after_out_of_vocabulary"):
     assert replay(served, engine, asked(name)) == [(200, "")]
+  assert replay(served, engine, ("GET", "/health_generate")) == [(200, "")]
+  assert not engine.requests
 
 
 def test_no_recording_is_left_out():
