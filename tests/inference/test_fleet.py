@@ -116,6 +116,22 @@ def test_the_old_version_serves_until_one_has_the_new_one():
   ]
 
 
+def test_a_failure_before_any_has_the_new_version_leaves_the_others_in_use():
+  dying = FakeServer()
+  world = World(a=Slow(10.0), b=dying)
+
+  async def scenario():
+    await world.fleet.sync(1)
+    dying.kill()
+    syncing = asyncio.ensure_future(world.fleet.sync(2))
+    await asyncio.sleep(5.0)
+    assert world.told.now == {A: 1} and world.told.failures == [(B, 2, False)]
+    await syncing
+    assert world.told.now == {A: 2}
+
+  world.run(scenario)
+
+
 def test_one_that_takes_too_long_does_not_hold_the_others_and_comes_back():
   slow = Slow(0.0)
   world = World(a=Slow(2.0), b=slow)

@@ -149,6 +149,10 @@ def number_in_text(reply, text):
   return json.dumps(reply).replace(str(mark), text).encode()
 
 
+def both_ids(reply, meta, token):
+  reply["output_ids"][2] = meta["output_token_logprobs"][2][1] = token
+
+
 HOSTILE = {
   "fewer ids": edited(lambda reply, meta: reply["output_ids"].pop()),
   "more ids": edited(lambda reply, meta: reply["output_ids"].append(7)),
@@ -156,8 +160,8 @@ HOSTILE = {
   "another count": edited(lambda reply, meta: meta.update(completion_tokens=5)),
   "another prompt": edited(lambda reply, meta: meta.update(prompt_tokens=1)),
   "another request": edited(lambda reply, meta: meta.update(id="r0")),
-  "id outside": edited(lambda reply, meta: reply["output_ids"].__setitem__(2, VOCAB)),
-  "negative id": edited(lambda reply, meta: reply["output_ids"].__setitem__(2, -1)),
+  "id outside": edited(lambda reply, meta: both_ids(reply, meta, VOCAB)),
+  "negative id": edited(lambda reply, meta: both_ids(reply, meta, -1)),
   "id of float": edited(lambda reply, meta: reply["output_ids"].__setitem__(2, 1.5)),
   "ids and logprobs differ": edited(
     lambda reply, meta: meta["output_token_logprobs"][2].__setitem__(1, 250)

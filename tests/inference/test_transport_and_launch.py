@@ -51,6 +51,42 @@ def test_requests_and_statuses_travel():
   assert b'"path": "/health", "body": null' in get and b"Bearer key" in get
 
 
+@pytest.mark.parametrize(("size", "taken"), [(1000, True), (1001, False)])
+def test_an_answer_is_read_no_further_than_it_may_be_long(size, taken):
+  async def handler(request):
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(b"x" * size)
+    return response
+
+  async def use(transport, url):
+    short = HttpTransport(max_answer_bytes=1000)
+    try:
+      return await short.request("GET", url, None, 5.0)
+    finally:
+      await short.close()
+
+  if taken:
+    assert with_server(handler, use) == (200, b"x" * size)
+  else:
+    with pytest.raises(TransportError, match="more than 1000 bytes"):
+      with_server(handler, use)
+  with pytest.raises(ValueError, match="max_answer_bytes"):
+    HttpTransport(max_answer_bytes=0)
+
+
+def test_a_redirection_is_an_answer_and_not_followed():
+  async def handler(request):
+    if request.path == "/elsewhere":
+      return web.Response(text="followed")
+    raise web.HTTPTemporaryRedirect("/elsewhere")
+
+  async def use(transport, url):
+    return await transport.request("POST", f"{url}/generate", {}, 5.0)
+
+  assert with_server(handler, use)[0] == 307
+
+
 def test_more_connections_than_aiohttps_default_limit():
   at_once = most = 0
 
