@@ -68,8 +68,9 @@ def test_a_signal_ends_it_at_once_and_waiting_requests_are_answered(models):
           break
       time.sleep(0.05)
     assert client.call("GET", "/health_generate")[0] == 200
+    client.post("/pause_generation", mode="in_place")  # else it might be too fast
     future = client.later([1, 2, 3], sampling={"max_new_tokens": 500, "ignore_eos": True})
-    client.wait_until(lambda state: state["running_requests"] == 1)
+    client.wait_until(lambda state: state["waiting_requests"] == 1)
     process.send_signal(signal.SIGTERM)
     assert future.result(10)["meta_info"]["finish_reason"]["type"] == "abort"
     assert process.wait(10) == 0
