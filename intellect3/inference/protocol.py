@@ -76,16 +76,19 @@ class FinishReason(msgspec.Struct, frozen=True):
 
 
 class MetaInfo(msgspec.Struct, frozen=True):
-  """The part of `meta_info` that we read. A logprob row is (logprob, token id, text or None)."""
+  """The part of `meta_info` that we read. A logprob row is (logprob, token id, text or None).
+
+  SGLang leaves `prompt_tokens` out where a request was aborted in its queue.
+  """
 
   id: str
   finish_reason: FinishReason
-  prompt_tokens: int
   completion_tokens: int
   weight_version: str
   weight_versions: Sequence[VersionSpan]
   output_token_logprobs: Sequence[tuple[float, int, str | None]]
   input_token_logprobs: Sequence[tuple[float | None, int, str | None]] = ()
+  prompt_tokens: int | None = None
   cached_tokens: int | None = None
 
 
@@ -201,7 +204,8 @@ def parse_generation(
   meta = reply.meta_info
   length = len(reply.output_ids)
   _expect("meta_info.id", request.rid, meta.id)
-  _expect("prompt_tokens", len(request.input_ids), meta.prompt_tokens)
+  if meta.prompt_tokens is not None or meta.finish_reason.type != "abort":
+    _expect("prompt_tokens", len(request.input_ids), meta.prompt_tokens)
   _expect("completion_tokens", length, meta.completion_tokens)
   _expect("len(output_token_logprobs)", length, len(meta.output_token_logprobs))
   if length > request.sampling_params.max_new_tokens:

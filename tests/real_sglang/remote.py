@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import subprocess
+import uuid
 
 import aiohttp
 
@@ -111,11 +112,12 @@ class Session:
             yield json.loads(event[len(b"data: ") :])
       assert ended and not buffer.strip()
 
-  async def amid(self, act, *, rid="amid", tokens=3, **more):
+  async def amid(self, act, *, rid=None, tokens=3, **more):
     """Streams a long generation and calls `act()` once some tokens came; last event, answer."""
     body = {
       "input_ids": list(PROMPT),
-      "rid": rid,
+      # Never twice: SGLang aborts a stream's id once more seconds after the stream has ended.
+      "rid": rid or f"amid-{uuid.uuid4().hex}",
       "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True},
       "return_logprob": True,
       **more,

@@ -34,7 +34,7 @@ def test_a_pause_stops_and_continue_goes_on(server, mode):
       assert (await opened.control.resume())[opened.url].ok
       return waiting, await late
 
-    last, (waiting, late) = await opened.amid(pause, rid=f"paused-{mode}")
+    last, (waiting, late) = await opened.amid(pause)
     return last, waiting, late, await other
 
   last, waiting, late, other = server.run(scenario)
@@ -57,7 +57,7 @@ def test_a_pause_that_aborts_gives_what_there_is(server):
       assert (await opened.control.pause("abort"))[opened.url].ok
       assert (await opened.control.resume())[opened.url].ok
 
-    last, _ = await opened.amid(pause, rid="pause-abort")
+    last, _ = await opened.amid(pause)
     return last, await other
 
   last, other = server.run(scenario)
@@ -102,7 +102,7 @@ def test_an_abort_of_all_ends_all(server):
     async def abort():
       return await opened.post("/abort_request", abort_all=True)
 
-    last, _ = await opened.amid(abort, rid="one-of-all")
+    last, _ = await opened.amid(abort)
     return [last, *await asyncio.gather(*others)]
 
   for reply in server.run(scenario):
@@ -130,7 +130,7 @@ def test_the_pool_goes_on_from_the_tokens_of_an_aborted_generation(server):
     async def abort():
       return await opened.post("/abort_request", abort_all=True)
 
-    await opened.amid(abort, rid="beside")
+    await opened.amid(abort)
     return await task, opened.pool.continued
 
   generation, continued = server.run(scenario)
@@ -142,3 +142,34 @@ def test_the_pool_goes_on_from_the_tokens_of_an_aborted_generation(server):
   np.testing.assert_allclose(
     generation.inference_logprobs[: len(expected)], expected, rtol=0, atol=1e-4
   )
+
+
+def test_generations_aborted_in_the_queue_are_asked_for_again(server):
+  """More at once than either server runs: some were never begun when the abort came."""
+  count = 100
+
+  async def scenario(opened):
+    tasks = [
+      asyncio.create_task(
+        opened.pool.generate(
+          PROMPT,
+          max_new_tokens=40,
+          temperature=1.0,
+          stop_token_ids=[],
+          seed=number,
+          rid=f"queued-{number}",
+        )
+      )
+      for number in range(count)
+    ]
+
+    async def abort():
+      return await opened.post("/abort_request", abort_all=True)
+
+    await opened.amid(abort, tokens=1)
+    return await asyncio.gather(*tasks), opened.pool.continued
+
+  generations, continued = server.run(scenario)
+  assert continued > 0
+  for generation in generations:
+    assert generation.finish_reason == "stop" or len(generation.tokens) == 40

@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from intellect3.inference.weight_sync import Canary, sync
+from intellect3.inference import tensor_sync
+from intellect3.inference.weight_sync import Canary, from_disk, sync, sync_server
+from intellect3.weights import tensors
 from tests.real_sglang import checkpoints
 from tests.real_sglang.remote import LONG, PROMPT
 
@@ -28,15 +30,35 @@ def bring(opened, checkpoint, version, *, mode="in_place", path=None):
   )
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_an_update_in_flight_stamps_each_token_with_its_version(server, mode):
-  async def scenario(opened):
-    return await opened.amid(
-      lambda: bring(opened, server.second, 1, mode=mode), rid=f"spans-{mode}", tokens=20
-    )
+def by_disk(directory, version):
+  return from_disk(directory, version)
 
-  last, report = server.run(scenario)
-  assert report.healthy == (server.url,), report.fenced
+
+def by_tensors(directory, version):
+  places = tensors.index(directory)
+  sizes = [(name, place.bytes) for name, place in places.items()]
+  names = tensor_sync.plan_buckets(sizes, 100_000)
+  assert len(names) > 2
+  buckets = tensor_sync.Buckets(names, lambda some: tensors.read(directory, places, some))
+  return tensor_sync.from_tensors(buckets, version)
+
+
+@pytest.mark.parametrize("transport", [by_disk, by_tensors])
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_an_update_in_flight_stamps_each_token_with_its_version(server, mode, transport):
+  wanted = {
+    "load": transport(server.second.directory, 1),
+    "version": 1,
+    "mode": mode,
+    "canary": canary(server.second),
+    "bound": 1e-4,
+  }
+
+  async def scenario(opened):
+    return await opened.amid(lambda: sync_server(opened.control, opened.url, **wanted), tokens=20)
+
+  last, result = server.run(scenario)
+  assert result.ok and result.max_difference < 1e-4, result.reason
   spans = last["meta_info"]["weight_versions"]
   assert [span["version"] for span in spans] == ["0", "1"]
   assert [span["start"] for span in spans] == [0, spans[0]["end"]]
