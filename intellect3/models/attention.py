@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from intellect3.kernels.attention import attention
 from intellect3.kernels.paged_attention import paged_attention

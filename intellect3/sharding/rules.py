@@ -38,8 +38,8 @@ SERVE: Rules = (
   ("act_length", None),
   ("act_embed", None),
 )
-"""Heads, widths and vocabulary over `tensor`, experts over `expert`, the cache as its kv heads; rows
-are everywhere: a decode step is too small to be worth splitting by rows."""
+"""Heads, widths and vocabulary over `tensor`, experts over `expert`, the cache as its kv heads; every
+device has all rows: a decode step is too small to be worth splitting by them."""
 
 
 def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:

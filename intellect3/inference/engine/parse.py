@@ -304,6 +304,11 @@ def _request(
   settled = sampling_params.settled(
     sampling, prompt=len(prompt), context=limits.context_length, vocab_size=limits.vocab_size
   )
+  if settled["min_new_tokens"] and len(settled["stop_token_ids"]) > limits.max_stop_ids:
+    raise RequestError(
+      f"stop_token_ids: expected at most {limits.max_stop_ids} together with min_new_tokens, "
+      f"got {len(settled['stop_token_ids'])}."
+    )
   if settled["stop_strings"] and text is None:
     raise RequestError("stop: the model directory has no tokenizer.json.")
   start = wishes.logprob_start_len

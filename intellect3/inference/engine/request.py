@@ -26,12 +26,14 @@ class Limits:
     context_length: tokens of prompt and output together.
     max_top_logprobs: most alternatives per token.
     routed_experts: whether the server was started to return them.
+    max_stop_ids: most stop ids of a request that also has min_new_tokens.
   """
 
   vocab_size: int
   context_length: int
   max_top_logprobs: int = 0
   routed_experts: bool = False
+  max_stop_ids: int = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

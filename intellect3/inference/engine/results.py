@@ -90,14 +90,14 @@ def extend(
 def _finish(sequence: Sequence, stops: Collection[int], match_stop: MatchStop) -> dict | None:
   """The finish reason that the last token brings, in SGLang's order of rules."""
   request, output = sequence.request, sequence.output_ids
-  if len(output) >= request.max_new_tokens:
-    return {"type": "length", "length": len(output)}
-  if not request.ignore_eos and output[-1] in stops:
-    return {"type": "stop", "matched": output[-1]}
   if request.stop_strings:
     matched = match_stop(output, request.stop_strings)
     if matched is not None:
       return {"type": "stop", "matched": matched}
+  if not request.ignore_eos and output[-1] in stops:
+    return {"type": "stop", "matched": output[-1]}
+  if len(output) >= request.max_new_tokens:
+    return {"type": "length", "length": len(output)}
   return None
 
 

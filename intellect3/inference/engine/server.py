@@ -24,6 +24,7 @@ from intellect3.inference.engine.loop import Engine, Weights
 from intellect3.inference.engine.pages import Pages
 from intellect3.inference.engine.programs import Shape
 from intellect3.inference.engine.serving import Serving, make_serving
+from intellect3.inference.engine.steps import MAX_STOP_IDS
 from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 
@@ -56,6 +57,7 @@ def build(settings: Settings) -> Parts:
   config, params = devices.load(settings.model, dtype=settings.dtype)
   context = settings.context_length or config.max_positions
   pages = Pages(_num_pages(settings, config, context), settings.page_size)
+  eos = devices.eos_token_ids(settings.model)
   device: Device | None = None
   # The device comes after whatever can be wrong with flags and files, since it takes long.
   serving = make_serving(
@@ -63,6 +65,7 @@ def build(settings: Settings) -> Parts:
     config,
     context_length=context,
     max_total_tokens=pages.count * pages.page_size,
+    max_stop_ids=MAX_STOP_IDS - len(eos),
     platform=devices.platform(),
     prepare=lambda path: _prepare(device, path, settings.dtype),
     prepare_tensors=lambda tensors: _prepare_tensors(device, tensors),
@@ -74,7 +77,7 @@ def build(settings: Settings) -> Parts:
     prefill_rows=settings.prefill_rows,
     prefill_chunk=settings.prefill_chunk,
     decode_steps=settings.decode_steps,
-    eos_token_ids=devices.eos_token_ids(settings.model),
+    eos_token_ids=eos,
     deterministic=settings.enable_deterministic_inference,
     match_stop=_no_stops if serving.text is None else serving.text.match_stop,
   )

@@ -67,6 +67,7 @@ def make_serving(
   *,
   context_length: int,
   max_total_tokens: int,
+  max_stop_ids: int,
   platform: str,
   prepare: Callable[[str], Any],
   prepare_tensors: Callable[[dict[str, np.ndarray]], Any],
@@ -78,6 +79,7 @@ def make_serving(
     config: of the model.
     context_length: tokens of prompt and output together.
     max_total_tokens: that the cache takes.
+    max_stop_ids: of a request, besides the model's own, that can be banned for a while.
     platform: of the devices.
     prepare, prepare_tensors: as Serving's.
 
@@ -93,6 +95,7 @@ def make_serving(
       context_length=context_length,
       max_top_logprobs=settings.max_top_logprobs,
       routed_experts=settings.enable_return_routed_experts,
+      max_stop_ids=max_stop_ids,
     ),
     max_requests=settings.slots + settings.queue_limit,
     name=settings.served_model_name or settings.model,

@@ -277,3 +277,10 @@ def test_any_body_is_parsed_or_refused(body, sampling):
 def test_any_bytes_are_parsed_or_refused(body):
   with contextlib.suppress(RequestError):
     parse.parse_body(body)
+
+
+def test_more_stop_ids_than_can_be_held_back_are_refused_only_where_they_must_be():
+  many = {"max_new_tokens": 8, "stop_token_ids": list(range(33))}
+  assert len(one(many).stop_token_ids) == 33
+  with pytest.raises(RequestError, match=r"stop_token_ids: expected at most 32 .* got 33"):
+    one({**many, "min_new_tokens": 2})
