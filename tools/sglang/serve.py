@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,28 +171,31 @@ def main() -> None:
     default=environment.DEFAULT_DIRECTORY,
     help="where SGLang is installed",
   )
+  parser.add_argument("--log", type=pathlib.Path, help="default: a file that stays on failure")
   parser.add_argument("--timeout", type=float, default=240.0, help="seconds until it must answer")
   parser.add_argument("flags", nargs="*", metavar="SGLANG_FLAG", help="after --; see SGLang's help")
   arguments = parser.parse_args()
   signal.signal(signal.SIGTERM, _interrupt)
-  with tempfile.TemporaryDirectory(prefix="sglang-") as scratch:
-    try:
-      server = Server(
-        arguments.model,
-        port=arguments.port,
-        log=pathlib.Path(scratch) / "log",
-        flags=arguments.flags,
-        host=arguments.host,
-        directory=arguments.directory,
-      )
-      with server:
-        server.wait(arguments.timeout, lambda line: print(line, file=sys.stderr, flush=True))
-        _follow(server)
-        sys.exit(f"tools.sglang.serve: SGLang ended with {server.process.returncode}")
-    except (ValueError, ServerNotStarted) as error:
-      sys.exit(f"tools.sglang.serve: {error}")
-    except KeyboardInterrupt:
-      sys.exit(130)
+  log = arguments.log or pathlib.Path(tempfile.mkdtemp(prefix="sglang-")) / "log"
+  try:
+    server = Server(
+      arguments.model,
+      port=arguments.port,
+      log=log,
+      flags=arguments.flags,
+      host=arguments.host,
+      directory=arguments.directory,
+    )
+    with server:
+      server.wait(arguments.timeout, lambda line: print(line, file=sys.stderr, flush=True))
+      _follow(server)
+      sys.exit(f"tools.sglang.serve: SGLang ended with {server.process.returncode} (log: {log})")
+  except (ValueError, ServerNotStarted) as error:
+    sys.exit(f"tools.sglang.serve: {error}")
+  except KeyboardInterrupt:
+    if arguments.log is None:
+      shutil.rmtree(log.parent)
+    sys.exit(130)
 
 
 def _follow(server: Server) -> None:
