@@ -2,20 +2,25 @@
 depend on."""
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import engine_formula as formula
 import jax
 import numpy as np
 import pytest
+from engine_trainer import Trainer, log_softmax
 
 from intellect3.inference.engine.device import MEMORY_TAGS, Device
 from intellect3.inference.engine.programs import Shape
 from intellect3.inference.engine.steps import MAX_STOP_IDS
-from intellect3.models import transformer
 from tests.models import helpers
 
 CONFIG = helpers.small()
 PARAMS = helpers.random_params(CONFIG)
+TRAINER = Trainer(CONFIG, PARAMS)
 CONTEXT, SLOTS, PAGES, PAGE, CHUNK, TOP = 64, 4, 36, 8, 4, 3
 SHAPE = Shape(steps=4, max_top=TOP, experts=True)
 
@@ -64,49 +69,6 @@ def serve(device, arrivals, rooms=None, events=()):
   raise AssertionError("not all of them end")
 
 
-def logits_of(tokens, params=PARAMS):
-  """float64 [T, V] and experts [T, layers, A], by the trainer's forward pass over all tokens."""
-  given = [np.zeros((1, CONTEXT), np.int32) for _ in range(3)]
-  count = len(tokens)
-  for array, row in zip(given, (tokens, np.arange(count), np.ones(count)), strict=True):
-    array[0, :count] = row
-  out = helpers.forward(CONFIG, params, *given)
-  head = np.asarray(transformer.head(params, CONFIG), np.float64)
-  hidden = np.asarray(out.hidden_BTD[0, :count], np.float64)
-  return hidden @ head, np.asarray(out.router.experts_LBTA[:, 0, :count]).swapaxes(0, 1)
-
-
-def log_softmax(logits):
-  shifted = logits - logits.max(axis=-1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def check_alternatives(told, logprobs):
-  for row, expected in zip(told, logprobs, strict=True):
-    best = np.argsort(-expected)[: len(row)]
-    assert [index for _, index in row] == best.tolist()
-    np.testing.assert_allclose([logprob for logprob, _ in row], expected[best], atol=1e-5)
-
-
-def check_against_the_trainer(who, params=PARAMS):
-  """Logprobs, alternatives, scores of the prompt and experts of a finished sequence."""
-  request, prompt = who.request, len(who.request.input_ids)
-  logits, experts = logits_of(who.tokens[:-1], params)
-  logprobs = log_softmax(logits[prompt - 1 :] / (request.temperature or 1))
-  chosen = logprobs[np.arange(len(who.output_ids)), who.output_ids]
-  np.testing.assert_allclose(who.output_logprobs, chosen, atol=1e-5)
-  np.testing.assert_array_equal(np.concatenate(who.experts), experts)
-  if request.top_logprobs_num:
-    check_alternatives(who.output_top, logprobs)
-  if who.first_scored is not None:
-    scored = np.arange(who.first_scored, prompt)
-    logprobs = log_softmax(logits[scored - 1])
-    expected = logprobs[np.arange(len(scored)), request.input_ids[who.first_scored :]]
-    np.testing.assert_allclose(who.input_logprobs, expected, atol=1e-5)
-    if request.top_logprobs_num:
-      check_alternatives(who.input_top, logprobs)
-
-
 def prompt_of(length, seed=0):
   return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).tolist()
 
@@ -131,10 +93,10 @@ def test_what_is_told_is_what_the_trainer_computes(device, deterministic):
   rooms = house(deterministic=deterministic)
   served = serve(device, mixed_arrivals(), rooms)
   for who in served.values():
-    check_against_the_trainer(who)
+    TRAINER.check(who)
   assert rooms.counters.cached > 60
   greedy = served["greedy"]
-  logits, _ = logits_of(greedy.tokens[:-1])
+  logits, _ = TRAINER.logits(greedy.tokens[:-1])
   assert greedy.output_ids == logits[2:].argmax(axis=1).tolist()
 
 
@@ -149,7 +111,7 @@ def test_with_too_little_memory_the_same_tokens_come(device):
   assert rooms.counters.retractions > 0 and rooms.counters.reprefilled > 0
   for rid, who in scarce.items():
     assert who.output_ids == plenty[rid].output_ids
-    check_against_the_trainer(who)
+    TRAINER.check(who)
 
 
 def test_a_conversation_that_goes_on_from_the_cache_is_computed_right(device):
@@ -159,7 +121,7 @@ def test_a_conversation_that_goes_on_from_the_cache_is_computed_right(device):
   second = formula.sequence("2", [*first.tokens, *prompt_of(6, 1)], 12, seed=3)
   serve(device, [(0, second)], rooms)
   assert second.cached_tokens == 24
-  check_against_the_trainer(second)
+  TRAINER.check(second)
 
 
 def bits(who):
@@ -260,7 +222,7 @@ def test_penalties_count_what_was_sampled_also_over_a_retraction(device, events)
   served = serve(device, arrivals, house(), events)
   assert any(who.retractions for who in served.values()) == bool(events)
   for who in served.values():
-    logits, _ = logits_of(who.tokens[:-1])
+    logits, _ = TRAINER.logits(who.tokens[:-1])
     counts = np.zeros(CONFIG.vocab_size, int)
     for place, (token, logprob) in enumerate(
       zip(who.output_ids, who.output_logprobs, strict=True), len(who.request.input_ids) - 1
@@ -283,7 +245,7 @@ def test_stop_ids_end_a_generation_in_the_call_or_after_it(device):
     serve(device, [(0, cut)])
     assert cut.output_ids == wanted and cut.finish == {"type": "stop", "matched": stop}
     assert cut.output_logprobs == free.output_logprobs[: len(wanted)]
-    check_against_the_trainer(cut)
+    TRAINER.check(cut)
 
 
 def test_before_the_minimum_stop_ids_are_not_sampled(device):
@@ -294,7 +256,7 @@ def test_before_the_minimum_stop_ids_are_not_sampled(device):
   )
   serve(device, [(0, bound)])
   assert not stops & set(bound.output_ids[:6])
-  logits, _ = logits_of(bound.tokens[:-1])
+  logits, _ = TRAINER.logits(bound.tokens[:-1])
   for place, token in enumerate(bound.output_ids):
     row = logits[4 + place].copy()
     if place < 6:
@@ -307,7 +269,7 @@ def test_nothing_is_sampled_where_nothing_is_asked_for(device):
   who = formula.sequence("none", prompt_of(9), 0, logprob_start=0)
   serve(device, [(0, who)])
   assert who.output_ids == [] and who.finish == {"type": "length", "length": 0}
-  logits, experts = logits_of(who.tokens)
+  logits, experts = TRAINER.logits(who.tokens)
   expected = log_softmax(logits)[np.arange(8), who.request.input_ids[1:]]
   np.testing.assert_allclose(who.input_logprobs, expected, atol=1e-5)
   np.testing.assert_array_equal(np.concatenate(who.experts), experts)
@@ -332,7 +294,7 @@ def test_new_weights_are_served_without_compiling(device):
     serve(device, [(0, who)])
   finally:
     device.swap(device.prepare(PARAMS))
-  check_against_the_trainer(who, other)
+  Trainer(CONFIG, other).check(who)
   assert device.compiled == compiled and len(compiled) == 3
 
 
@@ -380,7 +342,7 @@ def test_weights_that_come_while_theirs_are_released_are_those_that_stay(device)
     device.resume(["weights"])
     who = formula.sequence("r", prompt_of(5), 6)
     serve(device, [(0, who)])
-    check_against_the_trainer(who, other)
+    Trainer(CONFIG, other).check(who)
   finally:
     device.swap(device.prepare(PARAMS))
 
@@ -397,3 +359,18 @@ def test_impossible_sizes_are_named():
     make(context_length=1)
   with pytest.raises(ValueError, match=r"tp_size: expected 1 to 1 \(devices\), got 2"):
     make(tensor_parallel=2)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_over_several_devices_the_same_is_computed(count):
+  """Four fake devices in a process of their own; weights and cache are split over some of them."""
+  here = pathlib.Path(__file__).resolve()
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[3])]),
+  }
+  command = [sys.executable, str(here.parent / "sharded_device.py"), str(count)]
+  run = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert run.returncode == 0 and run.stdout.strip() == "equal", run.stderr[-3000:]
