@@ -67,6 +67,44 @@ def test_every_parameter_of_the_big_model_divides_over_512_devices():
   assert sum(held) < 1.6 * 106_852_251_264 / 512
 
 
+def test_a_server_of_the_big_model_splits_it_over_its_devices():
+  """By heads, widths and vocabulary over `tensor`, and experts over `expert`: only norms, routers
+  and what they need stay whole."""
+  shapes, axes = transformer.abstract(presets.glm_4_5_air())
+  for sizes in ({"tensor": 8}, {"tensor": 4, "expert": 2}):
+    shardings = specs.tree_shardings(axes, shapes, abstract_mesh(**sizes), rules.SERVE)
+    layers, given = shardings["moe_layers"], shapes["moe_layers"]
+    gate, q = (("moe", "experts", "gate"), ("attention", "q", "kernel"))
+    shard = lambda path: _leaf(layers, path).shard_shape(_leaf(given, path).shape)  # noqa: E731, B023
+    expert, tensor = sizes.get("expert", 1), sizes["tensor"]
+    assert shard(gate) == (45, 128 // expert, 4096, 1408 // tensor)
+    assert shard(q) == (45, 4096, 96 // tensor, 128)
+    assert shardings["embedding"].shard_shape(shapes["embedding"].shape)[0] == 151552 // tensor
+    held = [
+      int(np.prod(sharding.shard_shape(shape.shape)))
+      for shape, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    ]
+    assert sum(held) < 1.1 * 106_852_251_264 / 8
+
+
+def _leaf(tree, path):
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def test_a_server_splits_rows_nowhere_and_heads_where_the_cache_does():
+  assert rules.to_spec(("act_batch", "act_length", "act_embed"), rules.SERVE) == PartitionSpec(
+    None, None, None
+  )
+  table = dict(rules.SERVE)
+  assert table["kv_heads"] == table["heads"] == "tensor"
+  assert {name for name, _ in rules.SERVE} == {name for name, _ in rules.TRAIN_FSDP}
+  shapes, axes = transformer.abstract(presets.tiny())
+  with pytest.raises(ValueError, match="attention/k/kernel: expected kv_heads to divide by 4"):
+    specs.tree_shardings(axes, shapes, abstract_mesh(tensor=4), rules.SERVE)
+
+
 def test_dimensions_that_do_not_divide_are_all_named():
   shapes, axes = transformer.abstract(presets.tiny())
   with pytest.raises(ValueError) as error:
