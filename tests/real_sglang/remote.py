@@ -143,15 +143,13 @@ PROMPT = (72, 101, 108, 108, 111, 32, 119, 111)
 @contextlib.asynccontextmanager
 async def session(url):
   transport = HttpTransport()
-  async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as raw:
-    yield Session(
-      url,
-      transport,
-      raw,
-      ServerPool(transport, [url], vocab_size=checkpoints.VOCAB_SIZE, timeout_seconds=60.0),
-      ServerControl(transport, [url], vocab_size=checkpoints.VOCAB_SIZE, timeout_seconds=60.0),
-    )
-  await transport.close()
+  common = {"vocab_size": checkpoints.VOCAB_SIZE, "timeout_seconds": 60.0}
+  try:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as raw:
+      pool = ServerPool(transport, [url], **common)
+      yield Session(url, transport, raw, pool, ServerControl(transport, [url], **common))
+  finally:
+    await transport.close()
 
 
 SHARED_FLAGS = ("--tool-call-parser", "glm45", "--reasoning-parser", "glm45")

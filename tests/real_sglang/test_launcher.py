@@ -100,8 +100,8 @@ def test_a_server_that_never_answers_is_ended_with_all_it_started(tmp_path, mode
       server.wait(1.0, said.append)
     child = int((tmp_path / "child").read_text())
     server.kill()
-  assert server.process.poll() is not None
-  assert gone([child])
+    assert server.process.poll() is not None
+    assert gone([child])
 
 
 def gone(pids, seconds=20.0):

@@ -80,10 +80,15 @@ def start(request, model, tmp_path):
     yield start_them
 
 
-def test_a_run_on_one_server_ends_well_and_on_policy(start, model, tmp_path):
+@pytest.mark.parametrize(("transport", "mode"), [("disk", "in_place"), ("tensor", "retract")])
+def test_a_run_on_one_server_ends_well_and_on_policy(start, model, tmp_path, transport, mode):
   urls, _ = start(1)
   out = tmp_path / "run"
-  settings = {"rl.run.max_off_policy_steps": 0}
+  settings = {
+    "rl.run.max_off_policy_steps": 0,
+    "orchestrator.orchestrator.sync_transport": transport,
+    "orchestrator.orchestrator.sync_mode": mode,
+  }
   result = subprocess.run(
     command(out, model, urls, 4, **settings), capture_output=True, text=True, timeout=280
   )

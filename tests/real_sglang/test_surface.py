@@ -196,13 +196,35 @@ def test_penalties_change_the_logits_that_the_logprobs_are_of(server):
   assert ids[0] == plain[0]
 
 
+def held_back(params, stops, least):
+  """Greedy ids while stop tokens are banned from the first `least`, with their logprobs.
+
+  Also the id that would have come last among these without the ban.
+  """
+  banned = [*stops, *checkpoints.STOPS]
+  tokens, logprobs, tempting = list(PROMPT), [], None
+  while not logprobs or tokens[-1] not in banned:
+    logits_V = checkpoints.trainer_logits(params, tokens)[-1].astype(np.float64)
+    if len(logprobs) < least:
+      tempting = int(np.argmax(logits_V))
+      logits_V[banned] = -np.inf
+    tokens.append(int(np.argmax(logits_V)))
+    logprobs.append(logits_V[tokens[-1]] - np.log(np.sum(np.exp(logits_V))))
+    if len(logprobs) == 20:
+      break
+  return tokens[len(PROMPT) :], logprobs, tempting
+
+
 def test_minimum_of_new_tokens_holds_stop_tokens_back(server):
-  said = greedy_tokens(server.first.params, PROMPT, 1)
-  sampling = {"temperature": 0, "max_new_tokens": 6, "stop_token_ids": said}
-  early = server.generate(PROMPT, sampling=sampling)
-  late = server.generate(PROMPT, sampling={**sampling, "min_new_tokens": 4})
-  assert early["output_ids"] == said
-  assert len(late["output_ids"]) >= 4 and said[0] not in late["output_ids"][:4]
+  stops = greedy_tokens(server.first.params, PROMPT, 1)
+  while (expected := held_back(server.first.params, stops, 6))[2] not in stops:
+    stops.append(expected[2])  # until the sixth token, too, is one that had to be held back
+  sampling = {"temperature": 0, "max_new_tokens": 20, "stop_token_ids": stops}
+  assert server.generate(PROMPT, sampling=sampling)["output_ids"] == stops[:1]
+  reply = server.generate(PROMPT, sampling={**sampling, "min_new_tokens": 6}, return_logprob=True)
+  logprobs, ids = rows(reply)
+  assert ids == expected[0] and len(ids) >= 6
+  np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
 
 
 def test_what_the_server_says_of_itself(server):
