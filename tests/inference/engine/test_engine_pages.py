@@ -2,10 +2,7 @@
 
 import engine_formula as formula
 import pytest
-from engine_formula import Formula, batcher, check_whole, finish, next_token, sequence, step
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from engine_formula import Formula, batcher, check_whole, finish, sequence, step
 
 from intellect3.inference.engine.pages import Pages
 
@@ -35,6 +32,14 @@ def test_what_is_unused_is_given_up_leaf_by_leaf_the_longest_unused_first():
   assert len(pages.find("", first, 3)) == 1 and pages.take(2) is None and pages.available == 1
   pages.give(taken)
   assert pages.available == 6
+
+
+def test_a_page_goes_right_after_the_last_one_that_continued_it():
+  pages = Pages(3, 2)
+  pages.release(grown(pages, "", [1, 1, 2, 2]), None)
+  pages.release(grown(pages, "", [3, 3]), None)
+  pages.take(2)
+  assert not pages.find("", [1, 1], 1) and pages.find("", [3, 3], 1)
 
 
 def test_held_nodes_are_never_given_up():
@@ -174,6 +179,53 @@ def test_a_conversation_goes_on_from_whole_pages(deterministic):
   check_whole(third)
 
 
+def test_a_conversation_goes_on_from_a_prompt_that_was_found_whole():
+  """Its last token was computed twice: the experts of what follows must not be one off."""
+  house = batcher()
+  device = Formula(house)
+  house.add(sequence("1", prompt=range(8), new=1))
+  finish(house, device)
+  second = sequence("2", prompt=range(8), new=9)
+  house.add(second)
+  finish(house, device)
+  third = sequence("3", prompt=[*second.tokens, 70], new=2)
+  house.add(third)
+  finish(house, device)
+  assert (second.cached_tokens, third.cached_tokens) == (7, 16)
+  check_whole(third)
+
+
+def test_what_was_begun_before_the_cache_was_forgotten_is_nobodys_prefix():
+  """Even where the prompt was too short for a page that could have been forgotten."""
+  house = batcher()
+  device = Formula(house)
+  first = sequence("1", prompt=[1, 2], new=12)
+  house.add(first)
+  for _ in range(4):
+    step(house, device)
+  house.forget_prefixes()
+  finish(house, device)
+  second = sequence("2", prompt=[*first.tokens, 70], new=2)
+  house.add(second)
+  finish(house, device)
+  assert second.cached_tokens == 0
+
+
+def test_nobody_is_let_in_where_those_inside_could_not_grow():
+  """One page for each of them stays free, or the newcomer would be the next to go."""
+  house = batcher(slots=3, pages=9, page=4, rows=4)
+  device = Formula(house)
+  for index, length in enumerate((11, 11, 7)):  # three, three and two pages
+    house.add(sequence(str(index), prompt=range(50 * index, 50 * index + length), new=9))
+  step(house, device)
+  assert (house.num_running, house.num_waiting) == (2, 1)
+  roomy = batcher(slots=3, pages=10, page=4, rows=4)
+  for index, length in enumerate((11, 11, 7)):
+    roomy.add(sequence(str(index), prompt=range(50 * index, 50 * index + length), new=9))
+  step(roomy, Formula(roomy))
+  assert (roomy.num_running, roomy.num_waiting) == (3, 0)
+
+
 def test_logprobs_of_the_prompt_limit_what_is_reused():
   for start, cached in ((0, 0), (4, 0), (5, 4), (8, 4), (9, 8), (11, 8), (None, 11)):
     house = batcher(rows=1)
@@ -227,6 +279,24 @@ def test_with_too_little_memory_the_youngest_goes_back_and_all_end():
     check_whole(who)
 
 
+def test_who_has_room_for_some_of_its_tokens_samples_those():
+  house = batcher(slots=2, pages=8, page=4, context=32, steps=8)
+  device = Formula(house)
+  pair = [sequence(str(i), prompt=[i, 9, 9], new=29, seed=i, received=float(i)) for i in range(2)]
+  for who in pair:
+    house.add(who)
+  step(house, device), step(house, device)
+  assert [who.cached for who in pair] == [11, 11]
+  plan = house.plan()
+  # The older takes the last two pages; the younger has one place left in its three.
+  assert [int(plan.decode.remaining_S[who.slot]) for who in pair] == [8, 1]
+  house.apply(plan, *device(plan), version="v", now=1.0)
+  finish(house, device)
+  assert pair[0].retractions == 0 and pair[1].retractions == 1
+  for who in pair:
+    check_whole(who)
+
+
 def test_deterministic_mode_takes_memory_for_the_whole_generation():
   house = batcher(slots=4, pages=9, page=4, context=32, steps=4, deterministic=True)
   device = Formula(house)
@@ -236,126 +306,3 @@ def test_deterministic_mode_takes_memory_for_the_whole_generation():
   assert house.num_running == 2 and house.num_waiting == 2
   done = finish(house, device)
   assert len(done) == 4 and house.counters.retractions == 0
-
-
-PROMPTS = [list(range(base, base + 24)) for base in (0, 0, 200, 300)]
-PROMPTS[1][5:] = PROMPTS[2][5:]  # parts from the first after a page or two
-
-
-class House(RuleBasedStateMachine):
-  """Whatever comes, goes, is taken back or forgotten, in any order: pages are neither lost nor held
-  twice, nobody reads another's cache, and every sequence ends with the tokens of its seed."""
-
-  @initialize(
-    slots=st.integers(1, 4),
-    page=st.sampled_from([2, 4]),
-    chunk=st.sampled_from([1, 2]),
-    rows=st.integers(1, 4),
-    steps=st.sampled_from([1, 2, 5]),
-    spare=st.integers(0, 12),
-    deterministic=st.booleans(),
-  )
-  def build(self, slots, page, chunk, rows, steps, spare, deterministic):
-    self.house = batcher(
-      slots=slots,
-      pages=-(-32 // page) + spare,
-      page=page,
-      context=32,
-      rows=rows,
-      chunk=chunk,
-      steps=steps,
-      deterministic=deterministic,
-      eos_token_ids=(next_token(3, 2),),
-      match_stop=lambda ids, strings: strings[0] if ids[-1] % 7 == 0 else None,
-    )
-    self.device, self.deterministic = Formula(self.house), deterministic
-    self.sequences, self.done, self.retracted, self.clock = [], [], 0, 0.0
-
-  @rule(
-    prompt=st.sampled_from(PROMPTS),
-    length=st.integers(1, 22),
-    new=st.integers(0, 10),
-    seed=st.integers(0, 4),
-    key=st.sampled_from(["", "", "other"]),
-    start=st.sampled_from([None, None, None, 0, 3, 20]),
-    stop=st.sampled_from([(), (), ("x",)]),
-    tick=st.booleans(),
-    penalty=st.sampled_from([0.0, 0.0, 1.0]),
-  )
-  def add(self, prompt, length, new, seed, key, start, stop, tick, penalty):
-    self.clock += tick
-    who = sequence(
-      str(len(self.sequences)),
-      prompt[:length],
-      new,
-      seed=seed,
-      received=self.clock,
-      extra_key=key,
-      logprob_start=None if start is None or start >= length else start,
-      stop_strings=stop,
-      frequency_penalty=penalty,
-      top_logprobs_num=seed % 3,
-    )
-    self.sequences.append(who)
-    self.house.add(who)
-
-  @precondition(lambda self: self.done)
-  @rule(index=st.integers(0, 100), more=st.integers(1, 5))
-  def go_on(self, index, more):
-    """The next turn of a conversation."""
-    before = self.done[index % len(self.done)]
-    tokens = [*before.tokens, *range(400, 400 + more)][:28]
-    new = min(4, 32 - len(tokens))
-    who = sequence(str(len(self.sequences)), tokens, new, seed=1, received=self.clock)
-    self.sequences.append(who)
-    self.house.add(who)
-
-  @rule(times=st.integers(1, 4))
-  def step(self, times):
-    for _ in range(times):
-      self.done += step(self.house, self.device, str(self.house.pages.epoch))
-
-  @precondition(lambda self: self.sequences)
-  @rule(index=st.integers(0, 100))
-  def abort(self, index):
-    self.done += self.house.abort(str(index % len(self.sequences)))
-
-  @rule()
-  def retract(self):
-    self.retracted += self.house.retract()
-
-  @rule()
-  def forget(self):
-    self.house.forget_prefixes()
-
-  @invariant()
-  def pages_are_in_order(self):
-    if hasattr(self, "house"):
-      formula.audit(self.house)
-
-  def teardown(self):
-    if not hasattr(self, "house"):
-      return
-    self.done += finish(self.house, self.device)
-    assert len(self.done) == len(set(map(id, self.done))) == len(self.sequences)
-    counters = self.house.counters
-    assert self.house.pages.available == self.house.pages.count
-    assert counters.retractions == sum(who.retractions for who in self.sequences)
-    if self.deterministic:
-      assert counters.retractions == self.retracted
-    assert counters.generated == sum(len(who.output_ids) for who in self.sequences)
-    for who in self.sequences:
-      if who.finish["type"] != "abort":
-        check_whole(who)
-        expected = who.request.max_new_tokens
-        if who.finish["type"] == "length":
-          assert len(who.output_ids) == expected
-
-
-House.TestCase.settings = settings(
-  max_examples=80,
-  stateful_step_count=30,
-  deadline=None,
-  suppress_health_check=[HealthCheck.too_slow],
-)
-TestHouse = House.TestCase
