@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml $(LOCK)
 	@touch $(STAMP)
 
 test: $(STAMP) ## the default suite (CPU, minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-slow: $(STAMP) ## the tests too long for the default suite
 	$(BIN)/python -m pytest -m 'slow and not gpu and not real_sglang'

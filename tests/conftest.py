@@ -15,7 +15,24 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+SHARED_SERVERS = ("inference/engine", "real_sglang")
+"""Folders whose files share a server: they run in one process."""
+
+SHARED_MODEL = ("test_rl_run.py", "test_rl_servers.py")
+"""Likewise files that share the warmed-up model."""
+
 SFT = "experiments/configs/runs/demo_sft.gin"
+
+
+def pytest_collection_modifyitems(items):
+  """Says what belongs in one process of several (`-n`)."""
+  here = pathlib.Path(__file__).parent
+  for item in items:
+    file = item.path.relative_to(here)
+    group = "runs" if file.name in SHARED_MODEL else str(file)
+    if file.parent.as_posix() in SHARED_SERVERS:
+      group = file.parent.as_posix()
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
