@@ -69,20 +69,23 @@ def test_stop_rules_are_in_sglangs_order():
   for more, new, eos, reason in [
     ({"stop_token_ids": frozenset([token])}, 4, (), {"type": "stop", "matched": token}),
     ({}, 4, (token,), {"type": "stop", "matched": token}),
-    ({"stop_token_ids": frozenset([token])}, 1, (), {"type": "length", "length": 1}),
+    ({"stop_token_ids": frozenset([token])}, 1, (), {"type": "stop", "matched": token}),
     ({"stop_token_ids": frozenset([token]), "ignore_eos": True}, 3, (token,), None),
     ({}, 0, (), {"type": "length", "length": 0}),
     ({"stop_token_ids": many}, 9, (), {"type": "stop", "matched": next_token(9, 2)}),
     ({"stop_strings": ("x",)}, 9, (), {"type": "stop", "matched": "x"}),
-    ({"stop_strings": ("x",)}, 3, (), {"type": "length", "length": 3}),
+    ({"stop_strings": ("x",)}, 3, (), {"type": "stop", "matched": "x"}),
+    ({"stop_strings": ("x",)}, 2, (), {"type": "length", "length": 2}),
+    ({"stop_strings": ("x",)}, 9, (next_token(9, 2),), {"type": "stop", "matched": "x"}),
     ({"stop_strings": ("x",), "ignore_eos": True}, 9, (token,), {"type": "stop", "matched": "x"}),
   ]:
     house, who = batcher(eos_token_ids=eos, match_stop=match, steps=8), sequence(new=new, **more)
     house.add(who)
     finish(house, Formula(house))
     assert who.finish == (reason or {"type": "length", "length": new})
-    if "matched" in (reason or {}) and who.request.stop_strings:
-      assert len(who.output_ids) == 3
+    assert len(who.output_ids) == {"x": 3, token: 1, next_token(9, 2): 3}.get(
+      (reason or {}).get("matched"), new
+    )
     check_whole(who)
 
 
