@@ -12,7 +12,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from intellect3.inference.engine import results, rows, tenancy
 from intellect3.inference.engine.pages import Pages
@@ -123,6 +123,7 @@ class Batcher:
     self._free = list(range(slots - 1, -1, -1))
     self._slots = Slots(slots, width)
     self._resets: list[tuple[int, Seq[int]]] = []
+    self._refused: tuple[Any, ...] = ()
 
   @property
   def num_waiting(self) -> int:
@@ -278,7 +279,12 @@ class Batcher:
     length, spare = sequence.length + 1, self.num_running
     if self._deterministic:
       length, spare = len(request.input_ids) + request.max_new_tokens, 0
+    # What did not fit does not fit until something changes; looking a long prompt up is not free.
+    situation = (sequence, self.pages.available, spare, self.pages.epoch)
+    if situation == self._refused:
+      return False
     if not tenancy.move_in(sequence, self.pages, length=length, spare=spare):
+      self._refused = situation
       return False
     sequence.slot = self._free.pop()
     self._slots.set_table(sequence.slot, sequence.pages)
@@ -288,11 +294,15 @@ class Batcher:
     return True
 
   def _chunks(self) -> tuple[Chunk, ...]:
-    """What the next prefill call computes: in order of arrival, as many rows as each can fill."""
+    """What the next prefill call computes, in order of arrival."""
     chunks: list[Chunk] = []
+    waiting = len(self._prefilling)
     for sequence in self._prefilling:
       if len(chunks) == self._rows:
         break
+      # A long prompt leaves some rows to those behind it, so that short ones need not wait.
+      waiting -= 1
+      room = max(1, self._rows - len(chunks) - min(waiting, self._rows // 4))
       # Where bits count, a token is computed at the same place of its chunk each time.
       align = self._chunk if self._deterministic else 1
       if not tenancy.pass_shared(sequence, self.pages, align=align):
@@ -300,10 +310,10 @@ class Batcher:
       if sequence.started is None:
         sequence.cached_tokens = sequence.cached
       start = sequence.cached
-      while start < sequence.length and len(chunks) < self._rows:
+      while start < sequence.length and room:
         end = min(start + self._chunk, sequence.length)
         chunks.append(Chunk(sequence, start, end))
-        start = end
+        start, room = end, room - 1
       tenancy.announce(sequence, start, self.pages)
     return tuple(chunks)
 

@@ -29,18 +29,18 @@ class Node:
     ready: whether a call that computes it has been planned.
     writer: the sequence that will compute it, None once ready or where that one has gone.
     experts: int32 [tokens, MoE layers, A], once computed, where the server returns experts.
-    stale: of roots: computed by weights that are gone, no new sequence finds it.
+    epoch: of the cache, when it was made; a node of an earlier one is found by nobody.
   """
 
   page: int
   key: bytes
   parent: "Node | None"
+  epoch: int
   children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict)
   users: int = 0
   ready: bool = False
   writer: Any = None
   experts: np.ndarray | None = None
-  stale: bool = False
 
 
 class Pages:
@@ -100,11 +100,13 @@ class Pages:
     Returns:
       False, and nothing is done, where there is such a node already or the tree is stale.
     """
-    parent = nodes[-1] if nodes else self._roots.setdefault(key, Node(-1, _encode(key), None))
+    if not nodes and key not in self._roots:
+      self._roots[key] = Node(-1, _encode(key), None, self.epoch)
+    parent = nodes[-1] if nodes else self._roots[key]
     name = self._tokens(tokens, len(nodes))
     if name in parent.children or self._stale(parent):
       return False
-    node = Node(page, name, parent, users=1, ready=writer is None, writer=writer)
+    node = Node(page, name, parent, self.epoch, users=1, ready=writer is None, writer=writer)
     parent.children[name] = node
     nodes.append(node)
     return True
@@ -146,8 +148,6 @@ class Pages:
     """Forgets every prefix, and a new epoch begins: unused nodes are freed, used ones when they are
     released."""
     self.epoch += 1
-    for root in self._roots.values():
-      root.stale = True
     self._roots.clear()
     while self._leaves:
       _, node = self._leaves.popitem()
@@ -160,9 +160,7 @@ class Pages:
     return np.asarray(tokens[start : start + self.page_size], np.int32).tobytes()
 
   def _stale(self, node: Node) -> bool:
-    while node.parent is not None:
-      node = node.parent
-    return node.stale
+    return node.epoch != self.epoch
 
   def _remove(self, node: Node) -> None:
     """Takes a node out of the tree; a parent that nobody uses may become a leaf."""
@@ -175,7 +173,7 @@ class Pages:
       # The oldest: whatever came after it was used no later.
       self._leaves[parent.page] = parent
       self._leaves.move_to_end(parent.page, last=False)
-    elif not parent.stale:
+    elif not self._stale(parent):
       self._roots.pop(parent.key.decode(errors="surrogatepass"), None)
 
 

@@ -206,7 +206,7 @@ def audit(house: Batcher) -> None:
       walk(child)
 
   for root in pages._roots.values():
-    assert root.children and not root.stale
+    assert root.children and root.epoch == pages.epoch
     walk(root)
   for who in holders:
     assert [node.page for node in who.nodes] == who.pages[: len(who.nodes)]
