@@ -1,7 +1,9 @@
 """The routes that change the served weights: from a directory, or tensor by tensor.
 
 Tensors come between `/begin_weight_update` and `/end_weight_update`. They are staged and served all
-at once at the end, or not at all: no token is sampled from a mix of old and new.
+at once at the end, or not at all: no token is sampled from a mix of old and new. A session in which
+a call was refused serves nothing, and `/end_weight_update` with `abort` true discards one, whoever
+began it.
 """
 
 import asyncio
@@ -17,7 +19,8 @@ from intellect3.inference.engine import asgi
 from intellect3.inference.engine.asgi import Answer, Wire
 from intellect3.inference.engine.generate import off_loop
 from intellect3.inference.engine.loop import Engine, UpdateRefused, Weights
-from intellect3.inference.engine.parse import parse_body
+from intellect3.inference.engine.parse import parse_body, typed
+from intellect3.inference.engine.request import RequestError
 from intellect3.inference.engine.serving import Serving
 
 log = logging.getLogger(__name__)
@@ -64,12 +67,13 @@ class FromTensor(msgspec.Struct):
 
 @dataclasses.dataclass
 class Session:
-  """What came between begin and end."""
+  """What came between begin and end; `failure` says why it can no longer be served."""
 
   tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   version: str | None = None
   flush_cache: bool = False
   abort_running: bool = False
+  failure: str | None = None
 
 
 class WeightRoutes:
@@ -120,51 +124,49 @@ class WeightRoutes:
   async def update_weights_from_tensor(self, body: bytes, wire: Wire) -> Answer:
     try:
       update = msgspec.convert(await off_loop(body, parse_body, body), FromTensor)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RequestError) as error:
+      if self._session is not None:
+        self._session.failure = str(error)
       return asgi.bad_request(str(error))
     async with self._lock:
       session = self._session
       if session is None:
         return _answer(False, _outside("update_weights_from_tensor"))
-      unsupported = update.unsupported()
-      if unsupported is not None:
-        return _answer(False, f"{unsupported} is not supported by the embedded engine.")
-      if not update.serialized_named_tensors:
-        return _answer(False, "serialized_named_tensors: expected one entry, got none")
       try:
-        # One entry per rank of tensor parallelism, each the whole tensors; the first one serves.
-        payload = update.serialized_named_tensors[0]
-        tensors = await asyncio.to_thread(tensor_wire.read, payload)
+        await _stage(session, update)
       except ValueError as error:
-        return _answer(False, f"serialized_named_tensors: {error}")
-      session.tensors |= tensors
-      session.version = update.weight_version or session.version
-      session.flush_cache |= update.flush_cache
-      session.abort_running |= update.abort_all_requests
+        session.failure = str(error)
+        return _answer(False, str(error))
     return _answer(True, "Success" + _told(update.weight_version))
 
   async def end_weight_update(self, body: bytes, wire: Wire) -> Answer:
-    parse_body(body)
+    abort = typed("abort", parse_body(body).get("abort"), bool | None)
     async with self._lock:
       session, self._session = self._session, None
       if session is None:
         return _answer(False, "no weight-update session is open; call begin_weight_update() first")
-      if session.tensors:
-        path, version = self._engine.weights
-        weights = Weights(path, session.version or version)
+      if abort:
+        log.warning("%d staged tensors discarded as asked", len(session.tensors))
+      else:
         try:
-          params = await asyncio.to_thread(self._serving.prepare_tensors, session.tensors)
-          await self._engine.update(
-            params,
-            weights,
-            flush_cache=session.flush_cache,
-            abort_running=session.abort_running,
-          )
+          await self._serve(session)
         except (ValueError, UpdateRefused) as error:
           log.warning("%d tensors refused: %s", len(session.tensors), error)
           return _answer(False, str(error))
-        log.info("serving %d new tensors as version %s", len(session.tensors), weights.version)
     return _answer(True, "Success")
+
+  async def _serve(self, session: Session) -> None:
+    if session.failure is not None:
+      raise ValueError(f"Nothing of this session is served, since a call failed: {session.failure}")
+    if not session.tensors:
+      return
+    path, version = self._engine.weights
+    weights = Weights(path, session.version or version)
+    params = await asyncio.to_thread(self._serving.prepare_tensors, session.tensors)
+    await self._engine.update(
+      params, weights, flush_cache=session.flush_cache, abort_running=session.abort_running
+    )
+    log.info("serving %d new tensors as version %s", len(session.tensors), weights.version)
 
   async def update_weights_from_distributed(self, body: bytes, wire: Wire) -> Answer:
     """Always refused: there is no process group that this engine could be in."""
@@ -182,6 +184,24 @@ class WeightRoutes:
     return _answer(
       False, "init_weights_update_group is not supported by the embedded engine; send tensors."
     )
+
+
+async def _stage(session: Session, update: FromTensor) -> None:
+  """Adds a call's tensors to a session; ValueError where they cannot be served."""
+  unsupported = update.unsupported()
+  if unsupported is not None:
+    raise ValueError(f"{unsupported} is not supported by the embedded engine.")
+  if not update.serialized_named_tensors:
+    raise ValueError("serialized_named_tensors: expected one entry, got none")
+  # One entry per rank of tensor parallelism, each the whole tensors; the first one serves.
+  payload = update.serialized_named_tensors[0]
+  try:
+    session.tensors |= await asyncio.to_thread(tensor_wire.read, payload)
+  except ValueError as error:
+    raise ValueError(f"serialized_named_tensors: {error}") from error
+  session.version = update.weight_version or session.version
+  session.flush_cache |= update.flush_cache
+  session.abort_running |= update.abort_all_requests
 
 
 _OPEN = "a weight-update session is already open"

@@ -121,6 +121,7 @@ def recorded_serving(model, *arguments, prepare=str, prepare_tensors=dict):
     config,
     context_length=1024,
     max_total_tokens=8192,
+    max_stop_ids=32,
     platform="cpu",
     prepare=prepare,
     prepare_tensors=prepare_tensors,

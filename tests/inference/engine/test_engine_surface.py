@@ -177,7 +177,7 @@ def test_tensors_are_served_all_at_once_at_the_end(client, models):
 @pytest.mark.parametrize("fault", ["name", "shape", "payload", "format"])
 def test_wrong_tensors_leave_the_old_weights_serving(client, models, fault):
   before = greedy(client)
-  (name, array), *_ = named_tensors(models[1])
+  (name, array), other, *_ = named_tensors(models[1])
   body = {"flush_cache": False, "weight_version": "bad"}
   if fault == "name":
     body["serialized_named_tensors"] = [tensor_wire.write([("nobody", array)])]
@@ -190,11 +190,36 @@ def test_wrong_tensors_leave_the_old_weights_serving(client, models, fault):
       "serialized_named_tensors": [tensor_wire.write([(name, array)])],
       "load_format": "direct",
     }
+  good = body | {"serialized_named_tensors": [tensor_wire.write([other])]}
+  good.pop("load_format", None)
   client.post("/begin_weight_update")
-  sent = client.post("/update_weights_from_tensor", **body)
-  ended = client.post("/end_weight_update")
-  [refused] = [answer for status, answer in (sent, ended) if status == 400]
-  assert not refused["success"] and refused["message"]
+  sent, answer = client.post("/update_weights_from_tensor", **body)
+  assert sent == (200 if fault in ("name", "shape") else 400)
+  assert client.post("/update_weights_from_tensor", **good)[0] == 200
+  ended, refused = client.post("/end_weight_update")
+  assert ended == 400 and not refused["success"] and refused["message"]
+  if sent == 400:  # the good ones that came after it are not served either
+    assert answer["message"] in refused["message"]
+  assert greedy(client) == before
+  assert client.post("/end_weight_update")[0] == 400
+
+
+def test_what_is_staged_can_be_discarded(client, models):
+  """By whoever finds the session open: the one who began it may be dead."""
+  before, tensors = greedy(client), named_tensors(models[1])
+  payload = [tensor_wire.write(tensors[: len(tensors) // 2])]
+  client.post("/begin_weight_update")
+  status, _ = client.post(
+    "/update_weights_from_tensor", serialized_named_tensors=payload, weight_version="half"
+  )
+  assert status == 200 and client.post("/begin_weight_update")[0] == 400
+  assert client.post("/end_weight_update", abort="yes")[0] == 400  # and nothing is done
+  assert client.post("/end_weight_update", abort=True)[0] == 200
+  assert client.post("/end_weight_update", abort=True)[0] == 400
+  assert greedy(client) == before
+  # Nothing of it is left in the next session.
+  client.post("/begin_weight_update")
+  assert client.post("/end_weight_update")[0] == 200
   assert greedy(client) == before
 
 
