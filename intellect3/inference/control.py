@@ -2,9 +2,9 @@
 
 Place in the ring: the orchestrator's hand on the servers (pause, update, continue, score). sglang-
 router proxies none of these, so they go to each server directly. A server that fails or hangs holds
-up no other. Two traps of SGLang are closed here: an update that flushes the cache under an
-`in_place` pause answers 400 although the weights did change, and a health probe of a paused server
-hangs and leaves it marked unhealthy.
+up no other. A trap of SGLang is closed here: an update that flushes the cache under an `in_place`
+pause answers 400 although the weights did change. Another is left alone: `/health` is never asked,
+since a probe of a paused server hangs and leaves it marked unhealthy.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ class ServerControl:
     *,
     vocab_size: int,
     timeout_seconds: float = 600.0,
-    health_timeout_seconds: float = 5.0,
+    look_timeout_seconds: float = 5.0,
   ):
     """Makes a control; nothing is sent yet.
 
@@ -83,22 +83,21 @@ class ServerControl:
       urls: addresses.
       vocab_size: ids at or above it are not sent.
       timeout_seconds: for one control call.
-      health_timeout_seconds: for one health probe; a pause waits for a probe that is on its way.
+      look_timeout_seconds: for each question of `look`.
     """
     for name, value in (
       ("timeout_seconds", timeout_seconds),
-      ("health_timeout_seconds", health_timeout_seconds),
+      ("look_timeout_seconds", look_timeout_seconds),
     ):
       if value <= 0:
         raise ValueError(f"{name}: expected more than 0, got {value}")
     self._transport = transport
     self._vocab_size = vocab_size
     self._timeout_seconds = timeout_seconds
-    self._health_timeout_seconds = health_timeout_seconds
+    self._look_timeout_seconds = look_timeout_seconds
     self._urls = tuple(dict.fromkeys(urls))
     self._fenced: dict[str, str] = {}
     self._paused: dict[str, str] = {}
-    self._quiet: dict[str, asyncio.Lock] = {}
     self._tells_load: dict[str, bool] = {}
     self._calls = itertools.count()
 
@@ -124,20 +123,18 @@ class ServerControl:
     """Lifts a fence, once the server was restarted or its weights were mended."""
     self._fenced.pop(url, None)
     self._tells_load.pop(url, None)
-    self._note_running(url)
+    self._paused.pop(url, None)
     if url not in self._urls:
       self._urls += (url,)
 
   async def pause(
     self, mode: str, *, urls: Sequence[str] | None = None
   ) -> dict[str, Outcome[None]]:
-    """Stops generation; requests stay, or end with `abort`. Waits for a probe on its way."""
+    """Stops generation; requests stay, or end with `abort`."""
     if mode not in PAUSE_MODES:
       raise ValueError(f"mode: expected one of {list(PAUSE_MODES)}, got {mode!r}")
 
     async def call(url: str) -> None:
-      if url not in self._paused:
-        await self._lock(url).acquire()
       # Noted before it is sent: a pause whose answer is lost may have happened.
       self._paused[url] = mode
       await self.post(url, "/pause_generation", {"mode": mode})
@@ -149,7 +146,7 @@ class ServerControl:
 
     async def call(url: str) -> None:
       await self.post(url, "/continue_generation", {})
-      self._note_running(url)
+      self._paused.pop(url, None)
 
     return await self.on_each(call, urls)
 
@@ -191,8 +188,34 @@ class ServerControl:
 
     return await self.on_each(call, targets)
 
-  async def update(self, url: str, path: str, body: Mapping[str, Any]) -> None:
-    """One call that changes weights; raises as `post`, and ControlError where it failed."""
+  async def discard_update(self, url: str) -> bool:
+    """Ends a session of `/begin_weight_update` that was left open; nothing of it is to be served.
+
+    Our engine drops what came in it. SGLang knows no `abort`: there each bucket has changed the
+    weights already.
+
+    Returns:
+      Whether there was one. Raises TransportError where there was no answer.
+    """
+    try:
+      await self.post(url, "/end_weight_update", {"abort": True})
+    except ControlError:
+      return False
+    return True
+
+  async def abort_all(self, *, urls: Sequence[str] | None = None) -> dict[str, Outcome[None]]:
+    """Ends every generation with the tokens it has, also of those that are paused."""
+
+    async def call(url: str) -> None:
+      await self.post(url, "/abort_request", {"rid": "", "abort_all": True})
+
+    return await self.on_each(call, urls)
+
+  async def update(self, url: str, path: str, body: Mapping[str, Any] | bytes) -> None:
+    """One call that changes weights; raises as `post`, and ControlError where it failed.
+
+    Args: url: of the server. path: of the call. body: as an object or as its JSON.
+    """
     reply = protocol.decode(await self.post(url, path, body), protocol.UpdateReply)
     if not reply.success:
       raise ControlError(f"{path}: update refused: {reply.message[:300]}")
@@ -258,10 +281,10 @@ class ServerControl:
     return await self.on_each(call, urls)
 
   async def look(self, url: str) -> Outcome[tuple[int, load.ServerLoad]]:
-    """The version that a server has, and how busy it is; within the time of a health probe."""
+    """The version that a server has, and how busy it is."""
 
     async def ask(path: str) -> bytes:
-      return await self._ask("GET", url, path, None, self._health_timeout_seconds)
+      return await self._ask("GET", url, path, None, self._look_timeout_seconds)
 
     async def call(url: str) -> tuple[int, load.ServerLoad]:
       model = protocol.decode(await ask("/model_info"), protocol.ModelInfo)
@@ -274,23 +297,6 @@ class ServerControl:
       return version, load.parse_loads(await ask("/v1/loads?include=core"))
 
     return (await self.on_each(call, [url]))[url]
-
-  async def healthy(self, url: str) -> bool:
-    """Whether a server generates. While it is paused this waits for the pause to end."""
-    async with self._lock(url):
-      try:
-        await self._ask("GET", url, "/health", None, self._health_timeout_seconds)
-      except (TransportError, ControlError):
-        return False
-      return True
-
-  def _note_running(self, url: str) -> None:
-    if self._paused.pop(url, None) is not None:
-      self._lock(url).release()
-
-  def _lock(self, url: str) -> asyncio.Lock:
-    """Held by a pause until its end and by a health probe: never both."""
-    return self._quiet.setdefault(url, asyncio.Lock())
 
   async def on_each(
     self, call: Callable[[str], Awaitable[T]], urls: Sequence[str] | None
@@ -310,7 +316,7 @@ class ServerControl:
     targets = self.urls if urls is None else tuple(urls)
     return dict(zip(targets, await asyncio.gather(*map(one, targets)), strict=True))
 
-  async def post(self, url: str, path: str, body: Mapping[str, Any]) -> bytes:
+  async def post(self, url: str, path: str, body: Mapping[str, Any] | bytes) -> bytes:
     """One call to one server: its answer.
 
     Raises:
@@ -319,7 +325,7 @@ class ServerControl:
     return await self._ask("POST", url, path, body, self._timeout_seconds)
 
   async def _ask(
-    self, method: str, url: str, path: str, body: Mapping[str, Any] | None, timeout: float
+    self, method: str, url: str, path: str, body: Mapping[str, Any] | bytes | None, timeout: float
   ) -> bytes:
     status, answer = await self._transport.request(method, f"{url}{path}", body, timeout)
     if status != 200:

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 _AWAY = ("joining", "lost")
 
-Bring = Callable[[str, int], Awaitable[ServerSync]]
-"""Brings a version to the server of a url and checks it."""
+Bring = Callable[[str, int, Callable[[ServerSync], None]], Awaitable[ServerSync]]
+"""Brings a version to the server of a url and checks it; tells of a failed load before the server
+generates again."""
 
 
 class Watcher(Protocol):
@@ -206,16 +207,21 @@ class Fleet:
       version = self._version
       if member.state == "serving" and member.version == version:
         return ServerSync(member.url, None, 0.0, {})  # it came back a moment ago
-      result = await self._bring(member.url, version)
+      told: list[ServerSync] = []
+
+      def unusable(result: ServerSync) -> None:
+        told.append(result)
+        self._note_failure(member, version, result)
+
+      result = await self._bring(member.url, version, unusable)
     if self._members.get(member.url) is not member:
       return result  # it left meanwhile
     if result.reason is None:
       member.state, member.version, member.reason = "serving", version, ""
       member.misses, member.backoff = 0, 0.0
       self._tell()
-    else:
-      self._fail(member, version, result.reason, for_good=result.answered)
-      self._tell()
+    elif not told:
+      self._note_failure(member, version, result)
     return result
 
   async def _return(self, member: _Member) -> None:
@@ -237,6 +243,12 @@ class Fleet:
       logger.info("server %s is there, with weights v%s", member.url, member.version)
     finally:
       member.task = None
+
+  def _note_failure(self, member: _Member, version: int, result: ServerSync) -> None:
+    if self._members.get(member.url) is member:
+      assert result.reason is not None
+      self._fail(member, version, result.reason, for_good=result.answered)
+      self._tell()
 
   def _fail(self, member: _Member, version: int, reason: str, *, for_good: bool) -> None:
     member.state = "fenced" if for_good else "lost"

@@ -16,6 +16,11 @@ from intellect3.types import Generation
 T = TypeVar("T")
 
 
+UNCHECKED = "unchecked-"
+"""Begins the `weight_version` of a server between the first and last bucket of a version."""
+_NO_VERSION = -2
+
+
 class ProtocolError(Exception):
   """A server's reply breaks the protocol. Asking again would not mend it."""
 
@@ -163,7 +168,7 @@ def expand_versions(spans: Sequence[VersionSpan], length: int) -> np.ndarray:
     length: number of output tokens.
 
   Returns:
-    int32[length].
+    int32[length], below 0 where the weights were a mixture (`UNCHECKED`).
 
   Raises:
     ProtocolError: spans that do not cover each token once, or a version that is no whole number.
@@ -176,7 +181,8 @@ def expand_versions(spans: Sequence[VersionSpan], length: int) -> np.ndarray:
         f"weight_versions: expected a span from {covered} to at most {length}, "
         f"got [{span.start}, {span.end})"
       )
-    versions[span.start : span.end] = parse_version(span.version)
+    mixed = span.version.startswith(UNCHECKED)
+    versions[span.start : span.end] = _NO_VERSION if mixed else parse_version(span.version)
     covered = span.end
   if covered != length:
     raise ProtocolError(f"weight_versions: expected {length} tokens covered, got {covered}")
@@ -195,7 +201,8 @@ def parse_generation(
     server: address, for the record.
 
   Returns:
-    The Generation, with per-token policy versions.
+    The Generation, with per-token policy versions. It ends before the first token of weights that
+    were a mixture, as if it had been aborted there.
 
   Raises:
     ProtocolError: the answer to another request; lengths that disagree; ids outside the vocabulary;
@@ -223,11 +230,15 @@ def parse_generation(
         f"got {token} and {scored}"
       )
     _check_logprob(f"output_token_logprobs[{position}]", logprob)
+  versions = expand_versions(meta.weight_versions, length)
+  kept = int(np.argmax(versions < 0)) if np.any(versions < 0) else length
   return Generation(
-    tokens=np.asarray(reply.output_ids, np.int32),
-    inference_logprobs=np.asarray([row[0] for row in meta.output_token_logprobs], np.float32),
-    policy_versions=expand_versions(meta.weight_versions, length),
-    finish_reason=meta.finish_reason.type,
+    tokens=np.asarray(reply.output_ids, np.int32)[:kept],
+    inference_logprobs=np.asarray(
+      [row[0] for row in meta.output_token_logprobs[:kept]], np.float32
+    ),
+    policy_versions=versions[:kept],
+    finish_reason=meta.finish_reason.type if kept == length else "abort",
     server=server,
   )
 

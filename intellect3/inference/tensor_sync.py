@@ -11,11 +11,12 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from intellect3.inference import tensor_wire
 from intellect3.inference.control import ControlError, Outcome, ServerControl
-from intellect3.inference.protocol import ProtocolError
+from intellect3.inference.protocol import UNCHECKED
 from intellect3.inference.transport import TransportError
 from intellect3.inference.weight_sync import Load
 
@@ -47,7 +48,7 @@ def plan_buckets(sizes: Sequence[tuple[str, int]], bucket_bytes: int) -> list[li
 
 
 class Buckets:
-  """The encoded buckets of one version."""
+  """The encoded buckets of one version, shared by the servers it is brought to."""
 
   def __init__(
     self,
@@ -57,25 +58,48 @@ class Buckets:
     """Args: names: of each bucket's tensors. read: gives the tensors of these names."""
     self._names = names
     self._read = read
-    self._encoded: OrderedDict[int, asyncio.Task[str]] = OrderedDict()
+    self._encoded: OrderedDict[tuple, asyncio.Task[bytes]] = OrderedDict()
 
   def __len__(self) -> int:
     return len(self._names)
 
-  async def get(self, index: int) -> str:
-    """One bucket's payload, encoded in a thread; ControlError where it cannot be read."""
-    if index not in self._encoded:
-      self._encoded[index] = asyncio.ensure_future(asyncio.to_thread(self._encode, index))
+  async def get(self, index: int, *, version: int, flush: bool, ranks: int) -> bytes:
+    """The body of the call that brings one bucket, encoded in a thread.
+
+    Args:
+      index: of the bucket.
+      version: is told with the last one. Until then tokens are stamped as unchecked: SGLang changes
+        its weights with every bucket.
+      flush: drop cached prefixes with the last one.
+      ranks: of tensor parallelism; each reads an entry of its own, and all are the same.
+
+    Raises:
+      ControlError: it cannot be read.
+    """
+    key = (index, version, flush, ranks)
+    if key not in self._encoded:
+      self._encoded[key] = asyncio.ensure_future(asyncio.to_thread(self._encode, *key))
       while len(self._encoded) > KEPT:
         self._encoded.popitem(last=False)
+    task = self._encoded[key]
     try:
       # Shielded: one server's end must not take the bucket from the others.
-      return await asyncio.shield(self._encoded[index])
+      return await asyncio.shield(task)
     except (OSError, ValueError) as error:
+      if self._encoded.get(key) is task:  # the next one tries again
+        del self._encoded[key]
       raise ControlError(f"bucket {index} cannot be read: {error}") from error
 
-  def _encode(self, index: int) -> str:
-    return tensor_wire.write(self._read(self._names[index]))
+  def _encode(self, index: int, version: int, flush: bool, ranks: int) -> bytes:
+    payload = tensor_wire.write(self._read(self._names[index]))
+    last = index == len(self._names) - 1
+    return msgspec.json.encode(
+      {
+        "serialized_named_tensors": [payload] * ranks,
+        "flush_cache": flush and last,
+        "weight_version": str(version) if last else f"{UNCHECKED}{version}",
+      }
+    )
 
 
 def from_tensors(buckets: Buckets, version: int) -> Load:
@@ -102,17 +126,11 @@ async def _push(
   await control.update(url, "/begin_weight_update", {})
   try:
     for index in range(len(buckets)):
-      last = index == len(buckets) - 1
-      # Every tensor-parallel rank reads an entry of its own; here all are the same.
-      body = {
-        "serialized_named_tensors": [await buckets.get(index)] * ranks,
-        "flush_cache": flush and last,
-        **({"weight_version": str(version)} if last else {}),
-      }
+      body = await buckets.get(index, version=version, flush=flush, ranks=ranks)
       await control.update(url, "/update_weights_from_tensor", body)
+    await control.update(url, "/end_weight_update", {})
   except BaseException:
-    # A session left open would refuse the next one; the server is fenced for what it holds now.
-    with contextlib.suppress(TransportError, ControlError, ProtocolError):
-      await control.update(url, "/end_weight_update", {})
+    # Half of a version must not be served; and a session left open would refuse the next one.
+    with contextlib.suppress(TransportError):
+      await control.discard_update(url)
     raise
-  await control.update(url, "/end_weight_update", {})

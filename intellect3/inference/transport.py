@@ -35,14 +35,14 @@ class Transport(Protocol):
   """Carries one request to a server and its answer back."""
 
   async def request(
-    self, method: str, url: str, json: Mapping[str, Any] | None, timeout: float
+    self, method: str, url: str, json: Mapping[str, Any] | bytes | None, timeout: float
   ) -> tuple[int, bytes]:
     """Sends a request and waits for the whole answer.
 
     Args:
       method: `GET` or `POST`.
       url: full address, e.g. `http://127.0.0.1:30000/generate`.
-      json: body, of plain values; None sends none.
+      json: body, of plain values, or encoded already; None sends none.
       timeout: seconds for everything, from connecting to the last byte.
 
     Returns:
@@ -73,7 +73,7 @@ class HttpTransport:
     self._session: aiohttp.ClientSession | None = None
 
   async def request(
-    self, method: str, url: str, json: Mapping[str, Any] | None, timeout: float
+    self, method: str, url: str, json: Mapping[str, Any] | bytes | None, timeout: float
   ) -> tuple[int, bytes]:
     """See Transport.request."""
     if self._session is None:
@@ -81,7 +81,7 @@ class HttpTransport:
       self._session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), headers=self._headers
       )
-    body = None if json is None else msgspec.json.encode(json)
+    body = msgspec.json.encode(json) if isinstance(json, Mapping) else json
     headers = {} if body is None else {"Content-Type": "application/json"}
     try:
       async with self._session.request(

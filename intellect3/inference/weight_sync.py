@@ -5,12 +5,17 @@ continue, then a canary: the server scores a prompt under a cache key never used
 token; its logprobs must agree with the trainer's. A server that fails any part is fenced, with the
 reason: it gets no further requests and its tokens are not trained on.
 
+A load that fails or is broken off may have left a mixture on a server that does not stage (SGLang):
+what ran there is ended while it is still paused, with the tokens it has, and whoever keeps the book
+of servers is told before the server generates again.
+
 Modes: `in_place` keeps the cache of running requests (fast; what they cached is of the old weights;
 new requests are told apart by the version in their cache key), `retract` drops and recomputes it
 (exact, slower). Loading is a function of its own: `from_disk` here, `tensor_sync.from_tensors`.
 """
 
 import asyncio
+import dataclasses
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -154,48 +159,6 @@ def from_disk(path: str | os.PathLike[str], version: int) -> Load:
   return load
 
 
-async def sync(
-  control: ServerControl,
-  *,
-  path: str | os.PathLike[str],
-  version: int,
-  mode: str,
-  canary: Canary,
-  bound: float,
-) -> SyncReport:
-  """Brings weights from disk to every server of a control, checks each and fences those that fail.
-
-  Args:
-    control: its servers; those fenced before are left out.
-    path: the published version's directory, as the servers see it.
-    version: its number.
-    mode: `in_place` or `retract`.
-    canary: prompt and trainer's logprobs.
-    bound: largest absolute difference of a logprob, e.g. 1e-4 at float32.
-
-  Returns:
-    What happened. Failures of servers do not raise: they are fenced in `control`, and the caller
-    tells the pools, which keep their own lists.
-
-  Raises:
-    ValueError: a bad argument; nothing was sent.
-  """
-  check(version=version, mode=mode, bound=bound)
-  clock = asyncio.get_running_loop().time
-  started = clock()
-  load = from_disk(path, version)
-  servers = await asyncio.gather(
-    *(
-      sync_server(control, url, load=load, version=version, mode=mode, canary=canary, bound=bound)
-      for url in control.urls
-    )
-  )
-  for server in servers:
-    if server.reason is not None:
-      control.fence(server.url, server.reason)
-  return report(version, mode, bound, servers, clock() - started)
-
-
 def check(*, version: int, mode: str, bound: float) -> None:
   """Raises ValueError for what no sync can be asked for."""
   if mode not in MODES:
@@ -215,6 +178,7 @@ async def sync_server(
   mode: str,
   canary: Canary,
   bound: float,
+  unusable: Callable[[ServerSync], None] = lambda result: None,
 ) -> ServerSync:
   """Brings weights to one server and checks them; fences nothing.
 
@@ -222,10 +186,17 @@ async def sync_server(
     control: carries the calls; each has its time limit.
     url: of the server.
     load: how the weights get there.
-    version, mode, canary, bound: as for `sync`.
+    version: their number.
+    mode: `in_place` or `retract`.
+    canary: prompt and trainer's logprobs.
+    bound: largest absolute difference of a logprob, e.g. 1e-4 at float32.
+    unusable: is told of a failed load while the server is still paused.
 
   Returns:
     How it went; no failure of the server raises.
+
+  Raises:
+    ValueError: a bad argument; nothing was sent.
   """
   check(version=version, mode=mode, bound=bound)
   clock = asyncio.get_running_loop().time
@@ -242,10 +213,20 @@ async def sync_server(
       answered = answered and outcome.answered
     return outcome
 
+  def result(difference: float | None = None) -> ServerSync:
+    reason = f"{url}: weights v{version}: {'; '.join(reasons)}" if reasons else None
+    return ServerSync(url, reason, clock() - started, parts, difference, answered)
+
+  loading = False
   try:
     if note("pause", (await control.pause(mode, urls=[url]))[url]).ok:
-      note("load", await load(control, url, mode == "retract"))
+      loading = True
+      loading = not note("load", await _load(control, url, load, flush=mode == "retract")).ok
   finally:
+    if loading:
+      await control.abort_all(urls=[url])
+      if reasons:  # who cancelled knows already
+        unusable(result())
     # Also after a failure or a cancellation: a server left paused would hold its requests for ever.
     note("resume", (await control.resume(urls=[url]))[url])
   difference = None
@@ -265,5 +246,13 @@ async def sync_server(
         reasons.append(
           f"canary logprobs: expected within {bound:g} of the trainer's, got {difference:.3g} off"
         )
-  reason = f"{url}: weights v{version}: {'; '.join(reasons)}" if reasons else None
-  return ServerSync(url, reason, clock() - started, parts, difference, answered)
+  return result(difference)
+
+
+async def _load(control: ServerControl, url: str, load: Load, *, flush: bool) -> Outcome[None]:
+  """Loads, once a session is closed that somebody who died in the middle of a push left open."""
+  discarded = (await control.on_each(control.discard_update, [url]))[url]
+  if not discarded.ok:
+    return Outcome(None, discarded.error, discarded.seconds, discarded.answered)
+  outcome = await load(control, url, flush)
+  return dataclasses.replace(outcome, seconds=discarded.seconds + outcome.seconds)

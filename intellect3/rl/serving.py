@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from intellect3.inference import control, fleet, tensor_sync, transport, weight_sync
 from intellect3.rl import checks
@@ -107,14 +107,18 @@ class Serving:
     self._watch = asyncio.ensure_future(self._fleet.watch())
 
   async def _until_it_answers(self, url: str) -> None:
-    """Asks for `/model_info` and not `/health`, and lets the server go on: an orchestrator that
-    died while it synced weights may have left it paused, and then a health probe would break it."""
+    """Asks for `/model_info` and not `/health`, and puts right what an orchestrator that died while
+    it synced weights may have left: half a version, whose generations are ended too, and a pause,
+    under which a health probe would break the server."""
     last = "nothing"
     try:
       async with asyncio.timeout(self._settings.start_seconds):
         while True:
           outcome = (await self._control.model_info(urls=[url]))[url]
           if outcome.ok:
+            left = (await self._control.on_each(self._control.discard_update, [url]))[url]
+            if left.value:
+              await self._control.abort_all(urls=[url])
             await self._control.resume(urls=[url])
             return
           last = outcome.error or last
@@ -180,7 +184,9 @@ class Serving:
       gigabytes=sum(file.bytes for file in manifest.files) / 1e9,
     )
 
-  async def _bring(self, url: str, version: int) -> weight_sync.ServerSync:
+  async def _bring(
+    self, url: str, version: int, unusable: Callable[[weight_sync.ServerSync], None]
+  ) -> weight_sync.ServerSync:
     prepared = self._prepared[version]
     return await weight_sync.sync_server(
       self._control,
@@ -190,6 +196,7 @@ class Serving:
       mode=self._settings.sync_mode,
       canary=prepared.canary,
       bound=1.0 if self._bound is None else self._bound,
+      unusable=unusable,
     )
 
   def _calibrate(self, version: int, servers: Sequence[weight_sync.ServerSync]) -> float:

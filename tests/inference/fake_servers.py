@@ -74,6 +74,7 @@ class FakeServer:
     self.cached = None
     self.ranks = 1
     self.session = False
+    self.ended = 0
 
   def kill(self):
     """From now on every connection is refused, and those that are open break."""
@@ -120,14 +121,21 @@ class FakeServer:
         self.version = body["weight_version"]
         self.flushed = body["flush_cache"]
         return 200, {"success": True, "message": "ok"}
+      case "/abort_request" if body.get("abort_all"):
+        self.ended += 1
+        return 200, ""
       case "/abort_request":
         if body["rid"] in self.aborted:
           self.aborted[body["rid"]].set()
         return 200, ""
       case "/begin_weight_update":
+        if self.session:
+          return 400, {"success": False, "message": "a session is already open"}
         self.session = True
         return 200, {"success": True, "message": "Success"}
       case "/end_weight_update":
+        if not self.session:
+          return 400, {"success": False, "message": "no session is open"}
         self.session = False
         return 200, {"success": True, "message": "Success"}
       case "/update_weights_from_tensor":
@@ -154,6 +162,7 @@ class FakeServer:
     self.most_in_flight = max(self.most_in_flight, self.in_flight)
     try:
       fault = self.script.popleft() if self.script else None
+      ended, begun_with = self.ended, self.version
       await asyncio.sleep(self.seconds)
       await self.running.wait()
       start, count = len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]
@@ -177,7 +186,14 @@ class FakeServer:
           count, finish = made, {"type": "abort", "message": "Aborted", "status_code": None}
         case ("reject", code):
           count, finish = 0, {"type": "abort", "message": "too long", "status_code": code}
+      if self.ended != ended:  # as SGLang: a last token is made once it goes on
+        count, finish = 3, {"type": "abort", "message": "Aborted"}
       reply = self._reply(body, start, count, finish)
+      if self.ended != ended and self.version != begun_with:
+        reply["meta_info"]["weight_versions"] = [
+          {"version": begun_with, "start": 0, "end": 2},
+          {"version": self.version, "start": 2, "end": 3},
+        ]
       if self.mutate is not None:
         self.mutate(reply)
       return 200, reply
@@ -217,6 +233,7 @@ class FakeTransport:
   async def request(self, method, url, json_body, timeout):
     base, _, path = url.removeprefix("http://").partition("/")
     server = self.servers[f"http://{base}"]
+    json_body = json.loads(json_body) if isinstance(json_body, bytes) else json_body
     try:
       async with asyncio.timeout(timeout):
         status, answer = await server.answer(method, f"/{path}", json_body, timeout)

@@ -8,7 +8,7 @@ import pytest
 from fake_servers import FakeServer, FakeTransport, run_virtual
 
 from intellect3.inference.control import ServerControl
-from intellect3.inference.weight_sync import Canary, sync
+from intellect3.inference.weight_sync import Canary, from_disk, report, sync_server
 
 IDS = [9, 8, 7, 6]
 CANARY = Canary(ids=IDS, logprobs=[0.0, *(fake_servers.logprob_at(p) for p in (1, 2, 3))])
@@ -21,9 +21,32 @@ def make_control(timeout_seconds=60.0, **servers):
   )
 
 
+async def sync(control, *, version=3, mode="in_place", bound=1e-4):
+  """Syncs all servers at once, as a fleet does, and fences those that fail."""
+  clock = asyncio.get_running_loop().time
+  started = clock()
+  results = await asyncio.gather(
+    *(
+      sync_server(
+        control,
+        url,
+        load=from_disk("weights/v_000003", version),
+        version=version,
+        mode=mode,
+        canary=CANARY,
+        bound=bound,
+      )
+      for url in control.urls
+    )
+  )
+  for result in results:
+    if not result.ok:
+      control.fence(result.url, result.reason)
+  return report(version, mode, bound, results, clock() - started)
+
+
 def run_sync(control, **options):
-  settings = {"path": "weights/v_000003", "version": 3, "mode": "in_place", "canary": CANARY}
-  return run_virtual(sync(control, **{**settings, "bound": 1e-4, **options}))[0]
+  return run_virtual(sync(control, **options))[0]
 
 
 @pytest.mark.parametrize(("mode", "flushed"), [("in_place", False), ("retract", True)])
@@ -35,6 +58,7 @@ def test_a_sync_pauses_updates_continues_and_scores(mode, flushed):
   for server in servers.values():
     assert server.log == [
       "/pause_generation",
+      "/end_weight_update",
       "/update_weights_from_disk",
       "/continue_generation",
       "/generate",
@@ -141,9 +165,7 @@ def test_a_hanging_server_holds_up_no_other(path):
   control = make_control(good=good, bad=Hanging(path))
 
   async def run():
-    syncing = asyncio.create_task(
-      sync(control, path="p", version=3, mode="in_place", canary=CANARY, bound=1e-4)
-    )
+    syncing = asyncio.create_task(sync(control))
     await asyncio.sleep(2.0)
     assert good.version == "3" and good.running.is_set() and "/generate" in good.log
     return await syncing
@@ -158,16 +180,13 @@ def test_a_cancelled_sync_leaves_nothing_paused():
   control = make_control(a=server)
 
   async def run():
-    task = asyncio.create_task(
-      sync(control, path="p", version=3, mode="retract", canary=CANARY, bound=1e-4)
-    )
+    task = asyncio.create_task(sync(control, mode="retract"))
     await asyncio.sleep(1.0)
     assert not server.running.is_set()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
       await task
-    assert server.running.is_set()
-    assert await control.healthy("http://a")
+    assert server.running.is_set() and server.ended == 1
 
   run_virtual(run())
 
@@ -179,7 +198,7 @@ def test_a_generation_in_flight_spans_the_update():
   async def run():
     running = asyncio.create_task(control.score(IDS))
     await asyncio.sleep(1.0)
-    report = await sync(control, path="p", version=3, mode="in_place", canary=CANARY, bound=1e-4)
+    report = await sync(control)
     assert (await running)["http://a"].ok
     return report
 
@@ -225,41 +244,6 @@ def test_the_flush_trap_is_refused():
   run_virtual(run())
 
 
-def test_health_is_not_probed_while_paused():
-  server = FakeServer()
-  control = make_control(a=server)
-
-  async def run():
-    await control.pause("retract")
-    probe = asyncio.create_task(control.healthy("http://a"))
-    await asyncio.sleep(30.0)
-    assert "/health" not in server.log and not probe.done()
-    await control.resume()
-    assert await probe
-    assert server.log.count("/health") == 1
-
-  run_virtual(run())
-
-
-def test_a_pause_waits_for_a_probe_on_its_way():
-  server = FakeServer()
-  control = make_control(a=server)
-
-  async def run():
-    probe = asyncio.create_task(control.healthy("http://a"))
-    await asyncio.sleep(0.1)
-    outcome = (await control.pause("in_place"))["http://a"]
-    assert outcome.seconds == pytest.approx(0.4)
-    assert await probe
-
-  run_virtual(run())
-
-
-def test_a_dead_server_is_not_healthy():
-  server = Hanging("/health")
-  assert run_virtual(make_control(a=server).healthy("http://a")) == (False, 5.0)
-
-
 class Refusing(FakeServer):
   """Answers everything with 503."""
 
@@ -272,7 +256,6 @@ def test_a_refusal_is_an_outcome():
   outcomes = run_virtual(control.resume())[0]
   assert not outcomes["http://a"].ok and "503 busy" in outcomes["http://a"].error
   assert outcomes["http://b"].ok
-  assert not run_virtual(make_control(a=Refusing()).healthy("http://a"))[0]
 
 
 def test_an_admitted_server_counts_as_running():
@@ -280,12 +263,12 @@ def test_an_admitted_server_counts_as_running():
   control = make_control(a=server)
 
   async def run():
-    report = await sync(control, path="p", version=3, mode="in_place", canary=CANARY, bound=1e-4)
+    report = await sync(control)
     assert "resume failed" in report.fenced["http://a"]
     server.path = None
     server.running.set()  # as a restart would
     control.admit("http://a")
-    assert await control.healthy("http://a")
+    assert (await control.update_weights("p", 4, flush_cache=True))["http://a"].ok
 
   run_virtual(run())
 

@@ -52,7 +52,7 @@ class World:
       settings=fleet.Settings(poll_seconds=1.0, lost_after=2, patience_seconds=30.0),
     )
 
-  async def bring(self, url, version):
+  async def bring(self, url, version, unusable):
     return await weight_sync.sync_server(
       self.control,
       url,
@@ -61,6 +61,7 @@ class World:
       mode="in_place",
       canary=CANARY,
       bound=1e-4,
+      unusable=unusable,
     )
 
   def run(self, scenario):
@@ -245,6 +246,29 @@ def test_a_disagreeing_canary_fences_for_good_until_the_server_leaves_the_list()
   world.run(scenario)
 
 
+def test_nobody_uses_a_server_whose_load_failed_when_it_goes_on():
+  server = FakeServer()
+  world = World(a=server, b=FakeServer())
+
+  async def scenario():
+    await world.fleet.sync(1)
+    server.update = (400, {"success": False, "message": "wrong shape"})
+    at_resume = []
+    answer = server.answer
+
+    async def watched(method, path, body, timeout):
+      if path == "/continue_generation":
+        at_resume.append((world.fleet.states[A].split(":")[0], list(world.told.failures)))
+      return await answer(method, path, body, timeout)
+
+    server.answer = watched
+    await world.fleet.sync(2)
+    assert at_resume == [("fenced", [(A, 2, True)])]
+
+  world.run(scenario)
+  assert world.told.failures == [(A, 2, True)]  # and told once
+
+
 def test_servers_join_and_leave_while_the_run_goes():
   joining = FakeServer()
   world = World([A], a=FakeServer(), b=joining)
@@ -326,6 +350,7 @@ def test_a_paused_server_is_left_alone():
   pause, resume = log.index("/pause_generation"), log.index("/continue_generation")
   assert log[pause : resume + 1] == [
     "/pause_generation",
+    "/end_weight_update",
     "/update_weights_from_disk",
     "/continue_generation",
   ]

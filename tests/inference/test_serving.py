@@ -117,8 +117,22 @@ def test_servers_that_an_orchestrator_left_paused_go_on_and_are_never_asked_for_
   publish_version(tmp_path, params, 0)
   hand, watcher = make(tmp_path, {"a": server})
   run_with(hand, 0)
-  assert server.log[:2] == ["/model_info", "/continue_generation"] and "/health" not in server.log
+  left = ["/model_info", "/end_weight_update", "/continue_generation"]
+  assert server.log[:3] == left and "/health" not in server.log
   assert watcher.versions == {A: 0}
+
+
+@pytest.mark.parametrize("transport", ["disk", "tensor"])
+def test_half_a_version_that_an_orchestrator_left_is_discarded(tmp_path, params, transport):
+  server = FakeServer(version=4)
+  server.running.clear()
+  server.session = True
+  publish_version(tmp_path, params, 0)
+  hand, watcher = make(tmp_path, {"a": server}, transport=transport)
+  run_with(hand, 0)
+  assert server.calls[1] == ("/end_weight_update", {"abort": True})
+  assert server.log[2:4] == ["/abort_request", "/continue_generation"]
+  assert watcher.versions == {A: 0} and server.version == "0"
 
 
 def test_a_server_that_never_answers_is_named(tmp_path):
