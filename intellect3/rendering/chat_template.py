@@ -20,6 +20,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Entries of `tokenizer_config.json` that templates may use."""
 
 
+RESERVED = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
+"""Names that no further variable of a rendering may have: `render` gives them their meaning."""
+
+
 class ChatTemplate:
   """A compiled template. Immutable; may be used on any thread.
 
@@ -65,7 +69,7 @@ class ChatTemplate:
       messages: in the OpenAI form; the arguments of tool calls are objects, not text.
       tools: offered, in the OpenAI form.
       add_generation_prompt: whether the opening of the assistant's turn comes last.
-      **variables: further variables of the template, such as `enable_thinking`.
+      **variables: further variables of the template, such as `enable_thinking`; none of RESERVED.
 
     Raises:
       ValueError: the template refused, or it could not be rendered with these messages.

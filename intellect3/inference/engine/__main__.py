@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
   try:
     listener = _bind(settings.host, settings.port)
   except OSError as error:
-    return _cannot_start(f"--port {settings.port}: {os.strerror(error.errno or 0)}")
+    return _cannot_start(f"--host {settings.host} --port {settings.port}: {error.strerror}")
 
   compilation_cache.set_default()
   from intellect3.inference.engine import server  # late: jax takes a second to import
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Only now: until everything is compiled, connections are refused and not left waiting.
     listener.listen(LISTEN_BACKLOG)
   except OSError as error:
-    return _cannot_start(f"--port {settings.port}: {os.strerror(error.errno or 0)}")
+    return _cannot_start(f"--port {settings.port}: {error.strerror}")
   with asyncio.Runner(loop_factory=_loop_factory()) as runner:
     runner.run(server.serve(parts, listener, settings))
   return 0

@@ -50,8 +50,9 @@ class Visit:
 class Desk:
   """Takes calls in, keeps who waits for which generation, and ends those of clients that left."""
 
-  def __init__(self, loop: asyncio.AbstractEventLoop, max_requests: int):
-    self._loop, self._max_requests = loop, max_requests
+  def __init__(self, loop: asyncio.AbstractEventLoop, slots: int, queue_limit: int):
+    """Makes a desk of an empty house, where `slots` requests run and `queue_limit` may wait."""
+    self._loop, self._slots, self._queue_limit = loop, slots, queue_limit
     self._visits: dict[str, tuple[Visit, int]] = {}
     self._rids: dict[str, set[str]] = {}
     self._names: dict[str, list[str]] = {}
@@ -64,7 +65,8 @@ class Desk:
     """Runs a call to its end; ends its generations early if the client goes away.
 
     Raises:
-      RequestError: the house is full (503), or a name is in use (400).
+      RequestError: the house is full (503); it could not even be empty enough, or a name is in use
+        (400).
     """
     visit = self._admit(engine, call)
     if wire is None:
@@ -87,9 +89,16 @@ class Desk:
 
   def _admit(self, engine: Engine, call: Call) -> Visit:
     requests = call.requests
-    if len(self._visits) + len(requests) > self._max_requests:
+    most = self._slots + self._queue_limit
+    if len(requests) > most:
       raise RequestError(
-        f"The queue is full ({self._max_requests} requests). Please try again later.", status=503
+        f"Expected at most {most} generations in one request (--slots {self._slots}, "
+        f"--queue-limit {self._queue_limit}), got {len(requests)}."
+      )
+    if len(self._visits) + len(requests) > most:
+      raise RequestError(
+        f"The queue is full (--queue-limit {self._queue_limit}). Please try again later.",
+        status=503,
       )
     rids = [request.rid for request in requests]
     for rid in {*rids, *call.names}:

@@ -39,7 +39,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     watermark token_ids_logprob return_sampling_mask sampling_logprobs_mode lora_path lora_id
     custom_logit_processor positional_embed_overrides bootstrap_host bootstrap_port bootstrap_room
     bootstrap_pair_key decode_tp_size routed_dp_rank data_parallel_rank disagg_prefill_dp_rank
-    max_thinking_tokens priority multi_item_delimiter_indices token_indices_to_pool images_config
+    max_thinking_tokens multi_item_delimiter_indices token_indices_to_pool images_config
     mm_processor_kwargs max_dynamic_patch min_dynamic_patch image_max_dynamic_patch
     video_max_dynamic_patch http_worker_ipc num_items_assigned need_wait_for_mm_inputs
     encoder_urls"""),
@@ -52,6 +52,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     (None, False),
   ),
   "routed_experts_start_len": (None, 0),
+  "priority": (None, 0),
 }
 """Fields that SGLang knows and we refuse, with the values that mean "off"."""
 

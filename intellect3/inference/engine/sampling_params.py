@@ -30,7 +30,6 @@ class Sampling(msgspec.Struct, kw_only=True):
 
   Attributes:
     max_new_tokens: None is as many as the context takes; absent it is 128, or those.
-    custom_params: for custom logit processors, of which there are none.
     spaces_between_special_tokens: changes nothing in byte-level vocabularies.
   """
 
@@ -52,7 +51,6 @@ class Sampling(msgspec.Struct, kw_only=True):
   no_stop_trim: bool | None = None
   stream_interval: int | None = None
   sampling_seed: int | None = None
-  custom_params: dict[str, Any] | None = None
 
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -62,7 +60,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
   "ebnf": (None, ""),
   "structural_tag": (None, ""),
   "logit_bias": (None, {}),
-  "beam_width": (None,),
+  "beam_width": (None, 1),
+  "custom_params": (None, {}),
   "watermark": (None,),
   "choice": (None,),
 }

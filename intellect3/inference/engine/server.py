@@ -103,11 +103,15 @@ def build(settings: Settings) -> Parts:
 def _num_pages(settings: Settings, config: ModelConfig, context: int) -> int:
   """Pages of the cache: as asked, or all that the slots can fill up to `CACHE_BYTES`."""
   size = settings.page_size
-  if size < 1:
-    raise ValueError(f"page_size: expected at least 1, got {size}")
-  if settings.max_total_tokens is not None:
-    return settings.max_total_tokens // size
   width = -(-context // size)
+  given = settings.max_total_tokens
+  if given is not None:
+    if given < width * size:
+      raise ValueError(
+        f"max_total_tokens: expected at least {width * size} (a context of {context} in whole "
+        f"pages of {size}), got {given}"
+      )
+    return given // size
   itemsize = np.dtype(config.dtype).itemsize
   page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size * itemsize
   return max(width, min(settings.slots * width, CACHE_BYTES // page_bytes))
@@ -137,7 +141,7 @@ def _prepare_tensors(device: Device | None, tensors: dict[str, np.ndarray]) -> A
 
 async def serve(parts: Parts, listener: socket.socket, settings: Settings) -> None:
   """Serves on a listening socket until SIGTERM or SIGINT; running requests are aborted then."""
-  desk = Desk(asyncio.get_running_loop(), parts.serving.max_requests)
+  desk = Desk(asyncio.get_running_loop(), settings.slots, settings.queue_limit)
   engine = Engine(
     parts.device,
     parts.batcher,

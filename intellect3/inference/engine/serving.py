@@ -29,7 +29,6 @@ class Serving:
 
   Attributes:
     limits: of requests.
-    max_requests: requests in the house (running and waiting) before new ones get a 503.
     name: of the model, as `/v1/models` tells it.
     text: its tokenizer; None where the directory has none.
     chat: its chat template; None where the directory has none.
@@ -46,7 +45,6 @@ class Serving:
   """
 
   limits: Limits
-  max_requests: int
   name: str
   text: Text | None
   chat: ChatTemplate | None
@@ -97,7 +95,6 @@ def make_serving(
       routed_experts=settings.enable_return_routed_experts,
       max_stop_ids=max_stop_ids,
     ),
-    max_requests=settings.slots + settings.queue_limit,
     name=settings.served_model_name or settings.model,
     text=text.load(settings.model, config.vocab_size),
     chat=chat_template.load(settings.model, settings.chat_template),

@@ -162,7 +162,7 @@ def replay(serving, engine, *exchanges):
   """Asks (method, path, body) after another of an app over the engine; returns the answers."""
 
   async def main():
-    desk = Desk(asyncio.get_running_loop(), serving.max_requests)
+    desk = Desk(asyncio.get_running_loop(), slots=64, queue_limit=4096)
     engine.on_events = desk.report
     app = make_app(engine, desk, serving)
     return [await ask(app, *exchange) for exchange in exchanges]

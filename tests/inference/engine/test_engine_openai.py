@@ -90,6 +90,17 @@ def test_a_chats_parameters_arrive(served):
   assert (request.temperature, request.top_p, request.top_k) == (1.0, 1.0, 0)
 
 
+def test_the_newer_name_of_a_chats_limit_goes_first_zero_too(served):
+  for body, expected in (
+    ({"max_completion_tokens": 0}, 0),
+    ({"max_completion_tokens": 0, "max_tokens": 9}, 0),
+    ({"max_completion_tokens": 4, "max_tokens": 9}, 4),
+    ({"max_completion_tokens": None, "max_tokens": 9}, 9),
+  ):
+    _, _, [request] = chat(served, ["x"], **body)
+    assert request.max_new_tokens == expected
+
+
 def test_a_completions_parameters_arrive(served):
   status, _, [request] = complete(served, [output("x")], prompt=[1, 2], **FLAGS_OF_SAMPLING)
   assert status == 200 and request.input_ids == [1, 2]
@@ -192,6 +203,11 @@ def test_content_parts_are_text(served, tmp_path):
     ({"stream": True, "temperature": -1}, "temperature"),
     ({"stream_options": {"continuous_usage_stats": True}}, "continuous_usage_stats"),
     ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template"),
+    ({"chat_template_kwargs": {"messages": 1}}, "got messages"),
+    ({"chat_template_kwargs": {"self": 1, "tools": []}}, "got self, tools"),
+    ({"custom_params": {"a": 1}}, "custom_params"),
+    ({"priority": 1}, "priority"),
+    ({"max_completion_tokens": -1, "max_tokens": 3}, "max_new_tokens"),
     ({"max_tokens": "many"}, "max_tokens"),
     ({"n": 0}, "n must be"),
   ],
@@ -213,6 +229,7 @@ def test_chats_are_refused_by_name(served, body, named):
     ({"prompt": [100000]}, "vocabulary"),
     ({"prompt": [1], "max_tokens": 0}, "max_tokens"),
     ({"prompt": [1], "best_of": 3}, "best_of"),
+    ({"prompt": [1], "custom_params": {"a": 1}}, "custom_params"),
     ({"prompt": [1], "logprobs": 100}, "top_logprobs_num"),
     ({"prompt": [[1], [2]], "rid": ["a"]}, "rid"),
   ],

@@ -12,6 +12,8 @@ import time
 import pytest
 from engine_http import Client
 
+from intellect3.inference.engine import flags
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
@@ -50,6 +52,49 @@ def test_a_broken_model_directory_is_told_in_one_line(models, tmp_path):
 def test_a_context_beyond_the_models_positions_is_told_in_one_line(models):
   line = refused("--model", models[0], "--port", 0, "--context-length", 5000)
   assert "context_length" in line and "5000" in line
+
+
+def test_a_cache_that_is_smaller_than_the_context_is_told_as_given(models):
+  line = refused(
+    "--model", models[0], "--port", 0, "--context-length", 100, "--max-total-tokens", 127
+  )
+  assert "max_total_tokens: expected at least 128" in line and line.endswith("got 127")
+
+
+@pytest.mark.parametrize(
+  ("flag", "given", "expected"),
+  [
+    ("--port", "99999", "0 to 65535"),
+    ("--port", "-1", "0 to 65535"),
+    ("--port", "x", "0 to 65535"),
+    ("--max-top-logprobs", "-1", "at least 0"),
+    ("--queue-limit", "-1", "at least 0"),
+    ("--random-seed", "-1", "at least 0"),
+    ("--context-length", "1", "at least 2"),
+    ("--slots", "0", "at least 1"),
+    ("--slots", "2.5", "at least 1"),
+    ("--prefill-rows", "0", "at least 1"),
+    ("--prefill-chunk", "0", "at least 1"),
+    ("--prefill-chunk", "24", "a divisor of --page-size (64)"),
+    ("--decode-steps", "0", "at least 1"),
+    ("--page-size", "-64", "at least 1"),
+    ("--max-total-tokens", "0", "at least 1"),
+    ("--tp-size", "0", "at least 1"),
+  ],
+)
+def test_flags_out_of_bounds_are_told_in_one_line(capsys, flag, given, expected):
+  with pytest.raises(SystemExit) as ended:
+    flags.parse(["--model", "m", "--port", "0", f"{flag}={given}"])
+  assert ended.value.code == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert flag in line and f"{expected}, got {given}" in line
+
+
+def test_the_bounds_themselves_are_taken():
+  settings = flags.parse(
+    ["--model", "m", "--port", "65535", "--queue-limit", "0", "--max-top-logprobs", "0"]
+  )
+  assert (settings.port, settings.queue_limit, settings.max_top_logprobs) == (65535, 0, 0)
 
 
 def test_a_signal_ends_it_at_once_and_waiting_requests_are_answered(models):

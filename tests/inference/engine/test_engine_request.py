@@ -1,6 +1,5 @@
 """What `/generate` takes and refuses."""
 
-import contextlib
 import json
 import logging
 
@@ -111,6 +110,7 @@ def test_filters_that_leave_nothing_out_are_none(off):
     ({"json_schema": "{}"}, "json_schema"),
     ({"logit_bias": {"1": 2}}, "logit_bias"),
     ({"beam_width": 2}, "beam_width"),
+    ({"custom_params": {"a": 1}}, "custom_params"),
     ({"temperature": "hot"}, "temperature"),
     ({"max_new_tokens": 2.5}, "max_new_tokens"),
     ({"stop_token_ids": ["a"]}, "stop_token_ids"),
@@ -149,6 +149,11 @@ def test_fields_that_are_not_supported_are_refused_unless_off(more):
 def test_wrong_fields_are_refused_by_name(more, named):
   with pytest.raises(RequestError, match=named):
     call(**({"input_ids": [1]} | more))
+
+
+def test_values_that_change_nothing_are_taken():
+  """SGLang searches with beams from a width of 2 on, and orders by priority only if told to."""
+  assert one({"beam_width": 1, "custom_params": {}}, priority=0).max_new_tokens == 128
 
 
 def test_what_the_server_was_not_started_for_is_refused():
@@ -273,10 +278,19 @@ def test_any_body_is_parsed_or_refused(body, sampling):
       assert all(0 <= t < 512 for request in made.requests for t in request.input_ids)
 
 
-@given(st.binary(max_size=20))
+@given(st.binary(max_size=20) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_parsed_or_refused(body):
-  with contextlib.suppress(RequestError):
-    parse.parse_body(body)
+  try:
+    fields = parse.parse_body(body)
+  except RequestError as refused:
+    assert refused.status == 400 and body
+  else:
+    assert isinstance(fields, dict)
+
+
+@given(st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(), max_size=4))
+def test_objects_arrive_as_they_are(fields):
+  assert parse.parse_body(json.dumps(fields).encode()) == fields
 
 
 def test_more_stop_ids_than_can_be_held_back_are_refused_only_where_they_must_be():

@@ -239,9 +239,17 @@ def test_a_full_queue_answers_503(served):
   house = [served.later(PROMPT, sampling={"max_new_tokens": 1}) for _ in range(32)]
   served.wait_until(lambda state: state["running_requests"] + state["waiting_requests"] == 32)
   reply = served.generate(PROMPT, expect=503)
-  assert "queue is full" in reply["error"]["message"]
+  assert "queue is full (--queue-limit 24)" in reply["error"]["message"]
   served.post("/continue_generation")
   assert all(future.result(60)["meta_info"]["completion_tokens"] == 1 for future in house)
+
+
+def test_a_call_that_can_never_fit_is_not_told_to_try_again(served):
+  reply = served.generate(PROMPT, expect=400, sampling={"max_new_tokens": 1, "n": 33})
+  message = reply["error"]["message"]
+  assert "at most 32 generations" in message and "--queue-limit 24" in message and "33" in message
+  whole = served.generate(PROMPT, sampling={"max_new_tokens": 1, "n": 32})
+  assert len(whole) == 32
 
 
 def test_a_client_that_goes_away_frees_its_slot(served):

@@ -18,6 +18,7 @@ from intellect3.inference.engine.request import RequestError
 from intellect3.inference.engine.sampling_params import Sampling
 from intellect3.inference.engine.serving import Serving
 from intellect3.rendering import glm45
+from intellect3.rendering.chat_template import RESERVED
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
   **NOT_OURS,
@@ -87,7 +88,6 @@ class Chat(msgspec.Struct, kw_only=True):
   extra_key: str | None = None
   cache_salt: str | None = None
   user: str | None = None
-  custom_params: dict[str, Any] | None = None
 
 
 SUPPORTED = frozenset(Chat.__struct_fields__)
@@ -131,8 +131,14 @@ def read(fields: dict[str, Any]) -> Chat:
         f"{field} is not supported with streaming on /v1/chat/completions. Please set "
         f"stream=false when using {field}=true."
       )
-  if "chat_template" in (asked.chat_template_kwargs or {}):
+  variables = asked.chat_template_kwargs or {}
+  if "chat_template" in variables:
     raise RequestError("Request-supplied chat_template is not allowed.")
+  if reserved := sorted(RESERVED & variables.keys()):
+    raise RequestError(
+      f"chat_template_kwargs: expected names other than {', '.join(sorted(RESERVED))}, "
+      f"got {', '.join(reserved)}."
+    )
   if asked.tool_choice not in (None, "auto", "none"):
     raise RequestError(
       f"tool_choice={asked.tool_choice!r} is not supported by the embedded engine."
@@ -188,7 +194,9 @@ def _sampling(asked: Chat, with_tools: bool, serving: Serving) -> Sampling:
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
   }
   return Sampling(
-    max_new_tokens=asked.max_completion_tokens or asked.max_tokens,
+    max_new_tokens=(
+      asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    ),
     min_new_tokens=asked.min_tokens,
     frequency_penalty=asked.frequency_penalty,
     presence_penalty=asked.presence_penalty,

@@ -38,7 +38,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 class Completion(msgspec.Struct, kw_only=True):
-  """The body, as SGLang names and defaults it. `user` and `custom_params` change nothing."""
+  """The body, as SGLang names and defaults it. `user` changes nothing."""
 
   prompt: str | list[Any]
   model: str = "default"
@@ -68,7 +68,6 @@ class Completion(msgspec.Struct, kw_only=True):
   extra_key: str | None = None
   cache_salt: str | None = None
   user: str | None = None
-  custom_params: dict[str, Any] | None = None
 
 
 SUPPORTED = frozenset(Completion.__struct_fields__)

@@ -27,11 +27,12 @@ NOT_OURS: Mapping[str, tuple[Any, ...]] = {
       "lora_path",
       "custom_logit_processor",
       "watermark",
-      "priority",
     ),
     (None,),
   ),
   "use_audio_in_video": (None, False),
+  "custom_params": (None, {}),
+  "priority": (None, 0),
 }
 """Fields of both routes that this engine has nothing for, with the values that mean "off"."""
 
