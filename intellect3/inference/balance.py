@@ -2,7 +2,9 @@
 
 The rule (`choose`), among the servers that may be used and have room:
 
-1. One that failed a moment ago is left alone while there is another.
+1. One that failed a moment ago is left alone while there is another. One that said it was full
+   (503) has no room for a while, and then as much as it took before; each request that ends well
+   there adds a little.
 2. A request with a home goes there unless the home is clearly busier than the least busy one:
    load(home) > 1.25 x least load + `spill`. The home of a conversation is the server that holds its
    prefix; that of a new member of a group is drawn from the group's name (`home_of`), the same in
@@ -15,6 +17,7 @@ first come, first served, and bounded: a slot that comes free goes to whoever wa
 
 import asyncio
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +41,9 @@ class Server:
     version: the weights it has, as the orchestrator told; None before it did.
     failures: failed requests since the last good one.
     blocked_until: on the event loop's clock; until then others are preferred.
+    room: requests of this client that it has shown it takes; infinite before it was ever full.
+    refusals: times in a row that it was full.
+    full_until: on the event loop's clock; until then it has no room.
     last_used: number of the last slot given, counted over all servers.
     listed: whether new requests may go there.
     fenced: why nothing is sent to it any more, or None.
@@ -50,6 +56,9 @@ class Server:
   version: int | None = None
   failures: int = 0
   blocked_until: float = 0.0
+  room: float = math.inf
+  refusals: int = 0
+  full_until: float = 0.0
   last_used: int = 0
   listed: bool = True
   fenced: str | None = None
@@ -64,6 +73,10 @@ class Server:
   def load(self) -> int:
     """Requests there, running or waiting, of everybody."""
     return self.in_flight + self.others
+
+  def has_room(self, most: int, now: float) -> bool:
+    """Whether it would take one more request, of at most `most`."""
+    return self.in_flight + 1 <= min(most, self.room) and self.full_until <= now
 
 
 def home_of(key: str, urls: Iterable[str]) -> str | None:
@@ -99,7 +112,7 @@ def choose(
   Returns:
     A server with room, or None where there is none.
   """
-  able = [server for server in servers if server.open and server.in_flight < room]
+  able = [server for server in servers if server.open and server.has_room(room, now)]
   able = [server for server in able if server.blocked_until <= now] or able
   if not able:
     return None
@@ -208,13 +221,42 @@ class Balancer:
       self._servers[url] = Server(url)
       self._serve_waiting()
 
-  async def acquire(self, *, prefer: str | None = None, affinity: str | None = None) -> Server:
+  def refused(self, server: Server, seconds: float) -> None:
+    """Notes that a server was full: no failure, but no room there for a while.
+
+    Args:
+      server: which still counts the request that it refused.
+      seconds: how long, unless a request ends well there before.
+    """
+    loop = asyncio.get_running_loop()
+    # What it holds of ours besides is what it takes; one must be able to ask again.
+    server.room = max(1.0, min(server.room, server.in_flight - 1.0))
+    if server.full_until <= loop.time():  # one refusal of those that come together
+      server.refusals += 1
+      server.full_until = loop.time() + seconds
+      # A moment later, since a timer may fire a little early.
+      loop.call_later(seconds + 1e-3, self._serve_waiting)
+
+  def succeeded(self, server: Server) -> None:
+    """Notes that a request ended well."""
+    server.failures = server.refusals = 0
+    server.blocked_until = server.full_until = 0.0
+    server.room += 1.0 / server.room
+
+  async def acquire(
+    self,
+    *,
+    prefer: str | None = None,
+    affinity: str | None = None,
+    within: float | None = None,
+  ) -> Server:
     """Waits for a slot and takes it; `release` gives it back.
 
     Args:
       prefer: url of the server that holds the request's prefix, if one does.
       affinity: name of the group whose members share a prefix; gives the home where `prefer` is
         None or its server is gone.
+      within: seconds to wait at most; None for `max_wait_seconds`.
 
     Raises:
       NoServers: no slot came free in time, or too many wait already.
@@ -227,17 +269,18 @@ class Balancer:
       return self._take(server)
     if self.waiting >= self._max_waiting:
       raise NoServers(f"{self._why_none()}; {self._max_waiting} requests wait already")
+    limit = self._max_wait_seconds if within is None else within
     turn = _Turn(asyncio.get_running_loop().create_future(), home)
     self._waiting.append(turn)
     try:
-      async with asyncio.timeout(self._max_wait_seconds):
+      async with asyncio.timeout(limit):
         return await turn.slot
     except asyncio.CancelledError:
       self._give_up(turn)
       raise
     except TimeoutError:
       self._give_up(turn)
-      raise NoServers(f"{self._why_none()} within {self._max_wait_seconds:g} s") from None
+      raise NoServers(f"{self._why_none()} within {limit:g} s") from None
 
   def release(self, server: Server) -> None:
     """Gives a slot back."""
@@ -278,6 +321,9 @@ class Balancer:
         return
 
   def _why_none(self) -> str:
+    if any(server.room < self._max_concurrency for server in self.open):
+      rooms = ", ".join(f"{server.url} took {server.room:.0f}" for server in self.open)
+      return f"no server had room (503: {rooms})"
     if self.open:
       return f"no server had room (each {self._max_concurrency} requests)"
     fenced = [f"{s.url} ({s.fenced})" for s in self._servers.values() if s.fenced is not None]

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+LEAST_FULL_SECONDS = 0.1
+"""A full server is not asked again sooner, unless a request of ours ends there."""
+
+
 class ServerFenced(Exception):
   """The server was fenced while this request was on it; its answer would not be trusted."""
 
@@ -38,6 +42,10 @@ class RequestRejected(Exception):
 
 class ServerUnavailable(Exception):
   """The server answered 5xx, or aborted a generation; asking again may help."""
+
+
+class _ServerFull(Exception):
+  """The server has no room for the request (503): back-pressure, and no failure."""
 
 
 class ServerPool:
@@ -67,7 +75,8 @@ class ServerPool:
       transport: carries the requests; the pool does not close it.
       urls: addresses, e.g. `http://127.0.0.1:30000`.
       vocab_size: ids at or above it are neither sent nor accepted.
-      max_concurrency: requests on one server at a time; further ones wait their turn.
+      max_concurrency: requests on one server at a time, fewer where it says that it is full (503);
+        further ones wait their turn.
       max_waiting: how many may wait.
       max_wait_seconds: how long each may wait.
       spill: requests that a home server may have more than the least busy one (`balance.choose`).
@@ -97,6 +106,7 @@ class ServerPool:
     self._vocab_size = vocab_size
     self._segment_tokens = segment_tokens
     self._retries = retries
+    self._max_wait_seconds = max_wait_seconds
     self._backoff = backoff_seconds, backoff_max_seconds
     self._timeout_seconds = timeout_seconds
     self._grace_seconds = grace_seconds
@@ -193,7 +203,7 @@ class ServerPool:
 
     Raises:
       ValueError: an id outside the vocabulary, or max_new_tokens below 1.
-      NoServers: none came free for as long as a request may wait.
+      NoServers: none came free, or all were full, for as long as a request may wait.
       ServerFenced: the server was fenced while it worked on this.
       RequestRejected: a 4xx. ProtocolError: a reply that cannot be right.
       TransportError, ServerUnavailable: the last failure, when `retries` were used up.
@@ -207,6 +217,8 @@ class ServerPool:
       made.add(so_far)
     failures = requests = 0
     server: Server | None = None
+    clock = asyncio.get_running_loop().time
+    full_since: float | None = None
     try:
       while len(made.tokens) < max_new_tokens:
         budget = min(self._segment_tokens, max_new_tokens - len(made.tokens))
@@ -222,13 +234,25 @@ class ServerPool:
         )
         requests += 1
         if server is None:
-          server = await self._balancer.acquire(prefer=prefer, affinity=affinity)
+          waited = 0.0 if full_since is None else clock() - full_since
+          server = await self._balancer.acquire(
+            prefer=prefer, affinity=affinity, within=max(0.0, self._max_wait_seconds - waited)
+          )
         error: Exception
         try:
           piece, in_time = await self._segment(server, request, extra_key, made)
+        except _ServerFull as refusal:
+          full_since = clock() if full_since is None else full_since
+          self._balancer.refused(server, self._full_seconds(server))
+          self._balancer.release(server)
+          server = None
+          if clock() - full_since >= self._max_wait_seconds:
+            raise NoServers(f"{refusal}, for {self._max_wait_seconds:g} s") from None
+          continue
         except (TransportError, ServerUnavailable) as failure:
           error = failure
         else:
+          full_since = None
           made.add(piece)
           self._check_unfenced(made.pieces)
           if progress is not None and piece.tokens.size:
@@ -277,12 +301,16 @@ class ServerPool:
       body["extra_key"] = made.keys.setdefault(server.url, str(server.version))
     try:
       status, answer, in_time = await self._request(server, body)
+      if status == 503:
+        raise _ServerFull(f"{server.url}: {status} {protocol.error_message(answer)}")
       if status >= 500:
         raise ServerUnavailable(f"{server.url}: {status} {protocol.error_message(answer)}")
       if status != 200:
         raise RequestRejected(f"{server.url}: {status} {protocol.error_message(answer)}")
       reply = protocol.decode(answer, protocol.GenerateReply)
       code = reply.meta_info.finish_reason.status_code
+      if code == 503:
+        raise _ServerFull(f"{server.url}: {code} {reply.meta_info.finish_reason.message}")
       if code is not None and 400 <= code < 500:
         raise RequestRejected(f"{server.url}: {code} {reply.meta_info.finish_reason.message}")
       piece = protocol.parse_generation(
@@ -294,8 +322,7 @@ class ServerPool:
     except protocol.ProtocolError as error:
       raise protocol.ProtocolError(f"{server.url}: {error}") from error
     if in_time:
-      server.failures = 0
-      server.blocked_until = 0.0
+      self._balancer.succeeded(server)
     else:
       self._avoid(server)
     cached = reply.meta_info.cached_tokens
@@ -340,6 +367,11 @@ class ServerPool:
     server.failures += 1
     delay = self._backoff_range(server.failures)
     server.blocked_until = asyncio.get_running_loop().time() + delay
+
+  def _full_seconds(self, server: Server) -> float:
+    """How long a full server is left alone: longer each time, never together with other clients."""
+    longest = max(LEAST_FULL_SECONDS, self._backoff_range(server.refusals + 1))
+    return longest * self._jitter.uniform(0.5, 1.0)
 
   def _check_unfenced(self, pieces: Sequence[Generation]) -> None:
     """Refuses tokens of a server that was fenced after it made them."""
