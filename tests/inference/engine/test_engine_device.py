@@ -248,6 +248,21 @@ def test_stop_ids_end_a_generation_in_the_call_or_after_it(device):
     TRAINER.check(cut)
 
 
+def test_who_ignores_stop_ids_is_not_held_up_by_them(device):
+  for ignore, lengths in ((True, [4, 4, 3]), (False, [2])):
+    rooms, found = house(), []
+    free = serve(device, [(0, formula.sequence("free", prompt_of(5), 12))])["free"]
+    wishes = {"stop_token_ids": frozenset(free.output_ids[2:3]), "ignore_eos": ignore}
+    rooms.add(formula.sequence("r", prompt_of(5), 12, **wishes))
+    while not rooms.idle:
+      plan = rooms.plan()
+      results = device.run(plan)
+      if results[1] is not None:
+        found.append(int(results[1].lengths_S.max()))
+      rooms.apply(plan, *results, version="v", now=1.0)
+    assert found == lengths
+
+
 def test_before_the_minimum_stop_ids_are_not_sampled(device):
   free = serve(device, [(0, formula.sequence("free", prompt_of(5), 12, temperature=0.0))])["free"]
   stops = frozenset(free.output_ids[:3])
