@@ -9,6 +9,9 @@ from intellect3.inference.engine.parse import Call, parse_body, typed
 from intellect3.inference.engine.request import Request, RequestError
 
 HEALTH_TIMEOUT_SECONDS = 20.0
+HEALTH_STALL_SECONDS = 300.0
+"""Of work without the end of a step; none takes near that long, for everything is compiled."""
+
 HEALTH_RID = "HEALTH_CHECK"
 MEMORY_TAGS = ("kv_cache", "weights")
 
@@ -72,12 +75,14 @@ class ControlRoutes:
     return asgi.json_answer(None)
 
   async def health(self, body: bytes, wire: Wire) -> Answer:
-    return asgi.text_answer("", 200 if self._house.engine.alive else 503)
+    engine = self._house.engine
+    healthy = engine.alive and not engine.stalled(HEALTH_STALL_SECONDS)
+    return asgi.text_answer("", 200 if healthy else 503)
 
   async def health_generate(self, body: bytes, wire: Wire) -> Answer:
-    """Generates one token; while paused only the thread is looked at."""
+    """Generates one token; as `health` while paused or memory is released."""
     house = self._house
-    if house.engine.paused or not house.engine.alive:
+    if house.engine.halted or not house.engine.alive:
       return await self.health(body, wire)
     self._probes += 1
     rid = f"{HEALTH_RID}_{self._probes}"

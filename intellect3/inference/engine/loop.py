@@ -118,7 +118,7 @@ class Engine:
     self.steps = 0
     self.prefill_calls = 0
     self.decode_calls = 0
-    self.last_step = time.monotonic()
+    self._last_step = time.monotonic()
     self._device, self._batcher = device, batcher
     self._seeds = random.Random(seed)
     self._on_events, self._on_failure = on_events, on_failure
@@ -140,6 +140,16 @@ class Engine:
   @property
   def alive(self) -> bool:
     return self._thread.is_alive()
+
+  @property
+  def halted(self) -> bool:
+    """Whether nothing is computed for now: paused, or memory is released."""
+    return self.paused or bool(self._device.released)
+
+  def stalled(self, seconds: float) -> bool:
+    """Whether there is work that nothing holds back, and no step has ended for that long."""
+    idle = self.halted or self._batcher.idle
+    return not idle and time.monotonic() - self._last_step > seconds
 
   @property
   def updating(self) -> bool:
@@ -249,22 +259,20 @@ class Engine:
       while not self._stopping:
         self._take_commands()
         self._finish_update()
-        plan = None if self._halted or self._stopping else self._batcher.plan()
+        plan = None if self.halted or self._stopping else self._batcher.plan()
         if plan is not None:
           self._step(plan)
     except BaseException as error:
       log.exception("the engine's thread died")
       self._on_failure(error)
 
-  @property
-  def _halted(self) -> bool:
-    return self.paused or bool(self._device.released)
-
   def _take_commands(self) -> None:
-    nothing_to_do = self._update is None and (self._halted or self._batcher.idle)
+    nothing_to_do = self._update is None and (self.halted or self._batcher.idle)
     try:
       command = self._inbox.get(block=nothing_to_do)
       while True:
+        if self.halted or self._batcher.idle:
+          self._last_step = time.monotonic()  # no step was due until this command
         command()
         command = self._inbox.get_nowait()
     except queue.Empty:
@@ -278,7 +286,7 @@ class Engine:
     self.steps += 1
     self.prefill_calls += plan.prefill is not None
     self.decode_calls += plan.decode is not None
-    self.last_step = time.monotonic()
+    self._last_step = time.monotonic()
     self._tell(plan, done)
 
   def _tell(self, plan: Plan, done: list[Sequence]) -> None:
@@ -351,7 +359,7 @@ class Engine:
 
   def _finish_update(self) -> None:
     update = self._update
-    if update is None or not (self._halted or self._batcher.idle):
+    if update is None or not (self.halted or self._batcher.idle):
       return
     if update.flush_cache and self._batcher.num_running:
       update.done.set_exception(

@@ -64,6 +64,13 @@ class ScriptedEngine:
     self._outputs, self._at_once = list(outputs), at_once
     self._tasks = []
 
+  @property
+  def halted(self):
+    return self.paused
+
+  def stalled(self, seconds):
+    return False
+
   def submit(self, request):
     output = copy.deepcopy(self._outputs.pop(0)) if self._outputs else None
     self.requests.append(request)
