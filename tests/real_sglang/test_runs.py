@@ -15,7 +15,6 @@ from tests.real_sglang import remote
 from tools.sglang import environment
 
 DEMO = "experiments/configs/runs/demo.gin"
-SFT = "experiments/configs/runs/demo_sft.gin"
 SMALL = {
   "rl.run.num_workers": 1,
   "orchestrator.orchestrator.prompts_per_step": 4,
@@ -47,17 +46,6 @@ def command(out, model, urls, steps, **settings):
 
 def metrics(out, name):
   return telemetry.read_metrics(telemetry.metrics_path(out, name))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  """A model that reverses some words: without any reward there would be no gradient."""
-  out = tmp_path_factory.mktemp("warm_up") / "sft"
-  arguments = [sys.executable, "-m", "experiments.sft_run", "--gin", SFT, "--out", str(out)]
-  sets = ["--set", "sft.run.steps=90", "--set", "schedule.linear.steps=90"]
-  result = subprocess.run([*arguments, *sets], capture_output=True, text=True, timeout=240)
-  assert result.returncode == 0, result.stderr
-  return out / "model"
 
 
 @pytest.fixture(params=KINDS)
