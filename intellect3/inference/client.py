@@ -381,7 +381,7 @@ class ServerPool:
 
   def _backoff_range(self, failures: int) -> float:
     base, longest = self._backoff
-    return min(longest, base * 2.0 ** (failures - 1))
+    return min(longest, base * 2.0 ** min(failures - 1, 60))  # of more a float has no room
 
 
 def _ignore(task: asyncio.Future) -> None:

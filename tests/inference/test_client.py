@@ -97,6 +97,21 @@ def test_retries_end_and_back_off_grows():
   assert failures(4, 7) == failures(4, 7) != failures(4, 8)
 
 
+def test_a_server_that_failed_a_thousand_times_is_still_only_unavailable():
+  server = FakeServer(seconds=0.0)
+  server.script.extend([500] * 2000)
+  pool = make_pool(FakeTransport(a=server), retries=3, max_concurrency=400, backoff_max_seconds=1.0)
+
+  async def run():
+    failed = await asyncio.gather(
+      *(generate(pool, rid=f"r{i}") for i in range(400)), return_exceptions=True
+    )
+    assert {type(failure) for failure in failed} == {client.ServerUnavailable}
+
+  run_virtual(run())
+  assert len(server.seen) == 1600
+
+
 @pytest.mark.parametrize(
   ("fault", "error"),
   [
