@@ -2,8 +2,8 @@
 
 A child that fails ends the run: the others are ended, and the failure says which child, why and
 where its log is. Of the children of a group some may fail while one lives, and a child may be
-started again so many times. Every child leads its own process group and dies with the supervisor
-(`leash`), so no process outlives a run, however the run ends.
+started again so many times, after a wait that grows. Every child leads its own process group and
+dies with the supervisor (`leash`), so no process outlives a run, however the run ends.
 """
 
 import contextlib
@@ -15,6 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+
+RESTART_SECONDS = 0.5
+"""Before a child is started again for the first time; doubles."""
 
 
 class ChildFailed(RuntimeError):
@@ -65,6 +68,7 @@ def supervise(
   """
   processes: dict[str, subprocess.Popen[bytes]] = {}
   lost: set[str] = set()  # those that the run goes on without
+  due: dict[str, float] = {}  # when those that failed are started again
   starts = {child.name: 1 for child in children}
   with _terminate_as_interrupt():
     try:
@@ -72,17 +76,24 @@ def supervise(
         processes[child.name] = _start(child)
       while True:
         for child in children:
+          if child.name in due:
+            if time.monotonic() >= due[child.name]:
+              del due[child.name]
+              processes[child.name] = _start(child)
+            continue
           code = processes[child.name].poll()
           if child.name in lost or code is None or (code == 0 and child.ends_run):
             continue
           _signal_group(processes[child.name], signal.SIGKILL)  # what it may have left behind
           if starts[child.name] <= child.restarts:
-            print(f"{_obituary(child, code)}: started again", file=sys.stderr, flush=True)
+            wait = RESTART_SECONDS * 2.0 ** (starts[child.name] - 1)
+            again = f"started again in {wait:g} s"
+            print(f"{_obituary(child, code)}: {again}", file=sys.stderr, flush=True)
             starts[child.name] += 1
-            processes[child.name] = _start(child)
+            due[child.name] = time.monotonic() + wait
             continue
           peers = [other for other in children if child.group and other.group == child.group]
-          if any(processes[other.name].poll() is None for other in peers):
+          if any(o.name in due or processes[o.name].poll() is None for o in peers):
             print(f"{_obituary(child, code)}: the run goes on", file=sys.stderr, flush=True)
             lost.add(child.name)
             continue
@@ -145,10 +156,9 @@ def _terminate_as_interrupt() -> Iterator[None]:
 
 
 def _obituary(child: Child, code: int) -> str:
-  if code < 0:
-    how = f"was killed by {signal.Signals(-code).name}"
-  else:
-    how = f"ended with exit code {code}" if code else "ended before the run did"
+  if code < 0:  # whoever was killed has not logged why
+    return f"{child.name} was killed by {signal.Signals(-code).name} (log: {child.log})"
+  how = f"ended with exit code {code}" if code else "ended before the run did"
   return f"{child.name} {how}: {last_words(child.log)} (log: {child.log})"
 
 

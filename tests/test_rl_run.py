@@ -302,8 +302,9 @@ def test_an_existing_run_is_not_overwritten(asynchronous, run_here):
 @pytest.mark.parametrize("name", [pytest.param("trainer", marks=pytest.mark.slow), "server_0"])
 def test_a_child_that_dies_ends_the_run_and_is_named(model, tmp_path, name):
   out = tmp_path / "run"
+  settings = {"rl.run.model_path": str(model), "rl.run.steps": 500, "rl.run.server_restarts": 0}
   process = subprocess.Popen(
-    arguments(out, {"rl.run.model_path": str(model), "rl.run.steps": 500}),
+    arguments(out, settings),
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,

@@ -84,7 +84,6 @@ def test_a_server_is_killed_comes_back_and_another_joins(model, tmp_path):
     "rl.run.model_path": str(model),
     "rl.run.steps": 100_000,
     "rl.run.num_servers": 2,
-    "rl.run.server_restarts": 1,
     "orchestrator.orchestrator.server_poll_seconds": 0.2,
     "orchestrator.orchestrator.evaluation_tasks": 0,
   }

@@ -144,7 +144,44 @@ def test_the_last_of_a_group_may_not(tmp_path):
     servers_and(tmp_path, FAILS, FAILS, FOREVER)
 
 
-def test_a_child_is_started_again_as_often_as_it_may(tmp_path, capfd):
+def test_of_one_that_was_killed_the_signal_and_the_log_are_named_and_no_line_of_it(tmp_path):
+  code = (
+    "import os, signal; print('some error: long over', flush=True);"
+    "os.kill(os.getpid(), signal.SIGKILL)"
+  )
+  with pytest.raises(supervisor.ChildFailed) as failure:
+    supervisor.supervise(
+      [child(tmp_path, "server_0", code, ends_run=False), child(tmp_path, "trainer", FOREVER)],
+      tick=lambda: None,
+      interval_seconds=0.02,
+    )
+  log = tmp_path / "server_0.log"
+  assert str(failure.value) == f"server_0 was killed by SIGKILL (log: {log})"
+
+
+def test_a_child_that_comes_back_does_not_end_the_run(tmp_path, capfd, monkeypatch):
+  monkeypatch.setattr(supervisor, "RESTART_SECONDS", 0.01)
+  marker = tmp_path / "marker"
+  once = (
+    f"import os, signal, time, pathlib; m = pathlib.Path({str(marker)!r});"
+    "m.exists() and time.sleep(600); m.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+  )
+  supervisor.supervise(
+    [
+      child(tmp_path, "server", once, ends_run=False, group="servers", restarts=1),
+      child(tmp_path, "trainer", "import time; time.sleep(1)"),
+    ],
+    tick=lambda: None,
+    interval_seconds=0.02,
+  )
+  said = capfd.readouterr().err
+  assert "server was killed by SIGKILL" in said and "started again in 0.01 s" in said
+
+
+def test_a_child_is_started_again_as_often_as_it_may_after_longer_and_longer(
+  tmp_path, capfd, monkeypatch
+):
+  monkeypatch.setattr(supervisor, "RESTART_SECONDS", 0.01)
   log = tmp_path / "starts"
   code = f"open({str(log)!r}, 'a').write('x'); raise SystemExit(3)"
   with pytest.raises(supervisor.ChildFailed, match="server ended with exit code 3"):
@@ -157,4 +194,5 @@ def test_a_child_is_started_again_as_often_as_it_may(tmp_path, capfd):
       interval_seconds=0.02,
     )
   assert log.read_text() == "xxx"
-  assert capfd.readouterr().err.count("started again") == 2
+  said = capfd.readouterr().err
+  assert said.count("started again in 0.01 s") == said.count("started again in 0.02 s") == 1

@@ -92,7 +92,7 @@ def run(
   seed: int = 0,
   num_workers: int = 1,
   num_servers: int = 1,
-  server_restarts: int = 0,
+  server_restarts: int = 3,
   host: str = "127.0.0.1",
   orchestrator_port: int = 0,
   server_port: int = 0,
@@ -121,7 +121,8 @@ def run(
     seed: run seed.
     num_workers: worker processes; 0 runs one worker inside the orchestrator.
     num_servers: servers started by `all`; the run goes on while one of them lives.
-    server_restarts: how many times `all` starts each of them again after it failed.
+    server_restarts: how many times `all` starts each of them again after it failed, on its port and
+      after a wait that doubles.
     host: address of the orchestrator and of servers started by `all`.
     orchestrator_port: 0 with `all` takes any free port.
     server_port: of the first server; 0 with `all` takes free ports.
