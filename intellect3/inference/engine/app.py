@@ -4,6 +4,7 @@ Where we differ from SGLang on purpose stands in `docs/inference.md`.
 """
 
 import time
+from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
@@ -21,6 +22,7 @@ from intellect3.inference.engine.openai import chat_answer, wording
 from intellect3.inference.engine.openai.chat_answer import ChatRoute
 from intellect3.inference.engine.openai.completions import CompletionsRoute
 from intellect3.inference.engine.reply import Wording
+from intellect3.inference.engine.request import RequestError
 from intellect3.inference.engine.serving import Serving
 from intellect3.inference.engine.weight_routes import WeightRoutes
 
@@ -72,16 +74,18 @@ def make_app(engine: Engine, desk: Desk, serving: Serving) -> Starlette:
     metrics=Metrics(engine.stats, model_name=serving.name),
   )
   control, weights, tell = ControlRoutes(house), WeightRoutes(engine, serving), InfoRoutes(house)
-  post: dict[str, Handler] = {
-    "/abort_request": control.abort_request,
-    "/pause_generation": control.pause_generation,
-    "/continue_generation": control.continue_generation,
+  update: dict[str, Handler] = {
     "/update_weights_from_disk": weights.update_weights_from_disk,
     "/begin_weight_update": weights.begin_weight_update,
     "/update_weights_from_tensor": weights.update_weights_from_tensor,
     "/update_weights_from_distributed": weights.update_weights_from_distributed,
     "/end_weight_update": weights.end_weight_update,
     "/init_weights_update_group": weights.init_weights_update_group,
+  }
+  post: dict[str, Handler] = {
+    "/abort_request": control.abort_request,
+    "/pause_generation": control.pause_generation,
+    "/continue_generation": control.continue_generation,
     "/release_memory_occupation": control.release_memory_occupation,
     "/resume_memory_occupation": control.resume_memory_occupation,
   }
@@ -95,17 +99,27 @@ def make_app(engine: Engine, desk: Desk, serving: Serving) -> Starlette:
     "/v1/models": tell.models,
     "/metrics": tell.metrics,
   }
+  most = serving.limits.max_body_bytes
+
+  def route(
+    path: str,
+    handler: Handler,
+    *methods: str,
+    refuse: Callable[[RequestError], Answer] = asgi.refuse,
+    max_bytes: int | None = most,
+  ) -> Route:
+    endpoint = Endpoint(handler, refuse, max_bytes=max_bytes)
+    return Route(path, endpoint, methods=list(methods))
+
   # Routes are tried in order: what is asked most comes first.
   routes = [
-    Route("/generate", Endpoint(GenerateRoute(house), asgi.refuse), methods=["POST"]),
-    Route("/v1/chat/completions", Endpoint(ChatRoute(house), chat_answer.refuse), methods=["POST"]),
-    Route("/v1/completions", Endpoint(CompletionsRoute(house), wording.refuse), methods=["POST"]),
-    *(
-      Route(path, Endpoint(handler, asgi.refuse), methods=methods)
-      for paths, methods in ((post, ["POST"]), (get, ["GET"]))
-      for path, handler in paths.items()
-    ),
-    Route("/flush_cache", Endpoint(control.flush_cache, asgi.refuse), methods=["GET", "POST"]),
+    route("/generate", GenerateRoute(house), "POST"),
+    route("/v1/chat/completions", ChatRoute(house), "POST", refuse=chat_answer.refuse),
+    route("/v1/completions", CompletionsRoute(house), "POST", refuse=wording.refuse),
+    *(route(path, handler, "POST") for path, handler in post.items()),
+    *(route(path, handler, "POST", max_bytes=None) for path, handler in update.items()),
+    *(route(path, handler, "GET") for path, handler in get.items()),
+    route("/flush_cache", control.flush_cache, "GET", "POST"),
   ]
   return Starlette(routes=routes, exception_handlers={404: _not_found})
 

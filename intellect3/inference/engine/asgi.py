@@ -20,6 +20,10 @@ DONE = b"data: [DONE]\n\n"
 """The last event of every stream."""
 
 
+class ClientGone(Exception):
+  """The connection was closed before the body had come whole."""
+
+
 class Answer(NamedTuple):
   """A whole HTTP answer."""
 
@@ -36,16 +40,32 @@ class Wire:
   send: Send
   streaming: bool = False
 
-  async def body(self) -> bytes:
-    message = await self.receive()
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body"):
-      return body
-    pieces = [body]
-    while message.get("more_body"):
+  async def body(self, most: int | None = None) -> bytes:
+    """The whole body.
+
+    Args:
+      most: bytes, or None for any number.
+
+    Raises:
+      RequestError: there are more (413); the rest is not kept.
+      ClientGone: it will never be whole.
+    """
+    pieces: list[bytes] = []
+    size, more = 0, True
+    while more:
       message = await self.receive()
+      if message["type"] == "http.disconnect":
+        raise ClientGone
       pieces.append(message.get("body", b""))
-    return b"".join(pieces)
+      size += len(pieces[-1])
+      if most is not None and size > most:
+        raise RequestError(
+          f"The body is too large: expected at most {most} bytes (from the context length and "
+          "--slots); send fewer prompts at a time.",
+          status=413,
+        )
+      more = message.get("more_body", False)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
   async def gone(self) -> None:
     """Returns when the client has closed the connection or has its answer."""
@@ -74,13 +94,28 @@ Handler = Callable[[bytes, Wire], Awaitable[Answer | None]]
 class Endpoint:
   """A handler as an ASGI application; RequestErrors become answers."""
 
-  def __init__(self, handler: Handler, refuse: Callable[[RequestError], Answer]):
-    self._handler, self._refuse = handler, refuse
+  def __init__(
+    self,
+    handler: Handler,
+    refuse: Callable[[RequestError], Answer],
+    *,
+    max_bytes: int | None = None,
+  ):
+    """Makes an application.
+
+    Args:
+      handler: of the bodies.
+      refuse: words a refusal.
+      max_bytes: of a body; None takes any.
+    """
+    self._handler, self._refuse, self._max_bytes = handler, refuse, max_bytes
 
   async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
     wire = Wire(receive, send)
     try:
-      answer = await self._handler(await wire.body(), wire)
+      answer = await self._handler(await wire.body(self._max_bytes), wire)
+    except ClientGone:
+      return
     except RequestError as error:
       answer = self._refuse(error)
     if answer is not None:

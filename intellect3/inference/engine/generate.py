@@ -18,7 +18,8 @@ from intellect3.inference.engine.serving import Serving
 from intellect3.inference.engine.stream import GenerateStream
 
 LARGE_BODY = 1 << 18
-"""Bytes from which a body is read in a thread, so that others are served meanwhile."""
+"""Bytes from which a body is read in a thread, so that others are served while it is checked. The
+decoding of JSON holds the interpreter all the same; `Limits.max_body_bytes` bounds it."""
 
 
 class Stream(Protocol):

@@ -17,6 +17,11 @@ class RequestError(Exception):
     self.payload = {"error": {"message": message}} if payload is None else payload
 
 
+BODY_BASE_BYTES = 1 << 20
+BYTES_PER_TOKEN = 16
+"""Of a prompt's token in JSON: ids take up to 8, escaped text may take more than ids."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
   """What the served model allows.
@@ -27,6 +32,7 @@ class Limits:
     max_top_logprobs: most alternatives per token.
     routed_experts: whether the server was started to return them.
     max_stop_ids: most stop ids of a request that also has min_new_tokens.
+    slots: requests that run at once.
   """
 
   vocab_size: int
@@ -34,6 +40,12 @@ class Limits:
   max_top_logprobs: int = 0
   routed_experts: bool = False
   max_stop_ids: int = 32
+  slots: int = 1
+
+  @property
+  def max_body_bytes(self) -> int:
+    """Of an HTTP body that asks for generations: takes a full prompt for every slot."""
+    return BODY_BASE_BYTES + BYTES_PER_TOKEN * self.context_length * self.slots
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

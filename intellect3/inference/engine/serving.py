@@ -94,6 +94,7 @@ def make_serving(
       max_top_logprobs=settings.max_top_logprobs,
       routed_experts=settings.enable_return_routed_experts,
       max_stop_ids=max_stop_ids,
+      slots=settings.slots,
     ),
     name=settings.served_model_name or settings.model,
     text=text.load(settings.model, config.vocab_size),

@@ -7,6 +7,7 @@ import pytest
 from engine_http import MODEL_A, exchanges
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_values import JSON
 
 from intellect3.inference.engine import parse, text
 from intellect3.inference.engine.request import Limits, RequestError
@@ -249,13 +250,6 @@ def test_score_positions():
     one(return_logprob=True, logprob_start_len=4)
 
 
-JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-  lambda inner: (
-    st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-  ),
-  max_leaves=6,
-)
 FIELDS = st.sampled_from([*sorted(parse.SUPPORTED), *sorted(parse.UNSUPPORTED), "x"])
 SAMPLING = st.sampled_from(
   ["max_new_tokens", "temperature", "stop_token_ids", "stop", "top_k", "top_p", "n", "regex", "x"]

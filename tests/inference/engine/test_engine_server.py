@@ -252,6 +252,12 @@ def test_a_call_that_can_never_fit_is_not_told_to_try_again(served):
   assert len(whole) == 32
 
 
+def test_a_body_that_is_too_large_is_refused_and_the_server_goes_on(client):
+  reply = client.generate([1] * 2_000_000, expect=413)
+  assert "too large" in reply["error"]["message"]
+  assert client.generate(PROMPT, sampling={"max_new_tokens": 1})["output_ids"]
+
+
 def test_a_client_that_goes_away_frees_its_slot(served):
   body = json.dumps({"input_ids": PROMPT, "sampling_params": LONG | {"max_new_tokens": 900}})
   with socket.create_connection(("127.0.0.1", served.port)) as connection:

@@ -37,9 +37,12 @@ NOT_OURS: Mapping[str, tuple[Any, ...]] = {
 """Fields of both routes that this engine has nothing for, with the values that mean "off"."""
 
 
+_KINDS = {400: "BadRequest", 413: "PayloadTooLarge", 503: "ServiceUnavailable"}
+
+
 def refusal(error: RequestError) -> dict[str, Any]:
   """A refusal as OpenAI's routes word it."""
-  kind = "BadRequest" if error.status == 400 else "ServiceUnavailable"
+  kind = _KINDS[error.status]
   told = {"object": "error", "message": str(error), "type": kind}
   return told | {"param": None, "code": error.status}
 
