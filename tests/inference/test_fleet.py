@@ -246,29 +246,6 @@ def test_a_disagreeing_canary_fences_for_good_until_the_server_leaves_the_list()
   world.run(scenario)
 
 
-def test_nobody_uses_a_server_whose_load_failed_when_it_goes_on():
-  server = FakeServer()
-  world = World(a=server, b=FakeServer())
-
-  async def scenario():
-    await world.fleet.sync(1)
-    server.update = (400, {"success": False, "message": "wrong shape"})
-    at_resume = []
-    answer = server.answer
-
-    async def watched(method, path, body, timeout):
-      if path == "/continue_generation":
-        at_resume.append((world.fleet.states[A].split(":")[0], list(world.told.failures)))
-      return await answer(method, path, body, timeout)
-
-    server.answer = watched
-    await world.fleet.sync(2)
-    assert at_resume == [("fenced", [(A, 2, True)])]
-
-  world.run(scenario)
-  assert world.told.failures == [(A, 2, True)]  # and told once
-
-
 def test_servers_join_and_leave_while_the_run_goes():
   joining = FakeServer()
   world = World([A], a=FakeServer(), b=joining)

@@ -135,6 +135,24 @@ def test_half_a_version_that_an_orchestrator_left_is_discarded(tmp_path, params,
   assert watcher.versions == {A: 0} and server.version == "0"
 
 
+def test_nobody_uses_a_server_whose_load_failed_when_it_goes_on(tmp_path, params):
+  at_resume = []
+
+  class Failing(FakeServer):
+    async def _answer(self, path, body):
+      if path == "/continue_generation":
+        at_resume.append([failure[:2] for failure in watcher.failures])
+      return await super()._answer(path, body)
+
+  server = Failing()
+  server.update = (400, {"success": False, "message": "wrong shape"})
+  publish_version(tmp_path, params, 0)
+  hand, watcher = make(tmp_path, {"a": server, "b": FakeServer()})
+  run_with(hand, 0)
+  assert at_resume == [[], [(A, 0)]]  # at the start, and after the load
+  assert len(watcher.failures) == 1 and watcher.versions == {B: 0}
+
+
 def test_a_server_that_never_answers_is_named(tmp_path):
   server = FakeServer()
   server.kill()
