@@ -5,6 +5,7 @@ runs against simulated servers under a virtual clock. A reply of any status is a
 request that got none raises.
 """
 
+import io
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -87,7 +88,8 @@ class HttpTransport:
       async with self._session.request(
         method,
         url,
-        data=body,
+        # As a file it is sent piece by piece: a large body would hold up the loop.
+        data=None if body is None else io.BytesIO(body),
         headers=headers,
         timeout=aiohttp.ClientTimeout(total=timeout),
         allow_redirects=False,  # a server answers for itself
