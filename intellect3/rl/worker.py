@@ -40,7 +40,8 @@ def worker(
     index: of this worker among its kind.
     max_new_tokens: bound on one generation.
     max_tokens: bound on a trajectory, prompt included.
-    max_concurrency: requests of this worker on one server at a time; further ones wait.
+    max_concurrency: requests of this worker on one server at a time, fewer where it says that it is
+      full; further ones wait.
     segment_tokens: most tokens that one request asks for; a longer generation is made of several,
       so that what ends one costs no more than a segment.
     spill_requests: how many requests more than the least busy server the one of a group or

@@ -80,6 +80,21 @@ def test_versions_across_an_update_in_flight(name, old, new, switch):
   assert versions.tolist() == [old] * switch + [new] * (600 - switch)
 
 
+@pytest.mark.parametrize("spans", [[("1", 0, 114), ("unchecked-2", 114, 600)], None])
+def test_tokens_of_weights_that_were_a_mixture_are_cut_off_as_by_an_abort(spans):
+  """Also where whole weights came later: what follows the mixture was made from its tokens."""
+  exchange = golden("update_spanning_in_place")
+  spans = spans or [("1", 0, 114), ("unchecked-2", 114, 120), ("2", 120, 600)]
+  exchange["response"]["meta_info"]["weight_versions"] = [
+    {"version": version, "start": start, "end": end} for version, start, end in spans
+  ]
+  generation = parse(json.dumps(exchange["response"]).encode(), request_of(exchange))
+  assert generation.tokens.tolist() == exchange["response"]["output_ids"][:114]
+  assert generation.inference_logprobs.shape == (114,)
+  assert generation.policy_versions.tolist() == [1] * 114
+  assert generation.finish_reason == "abort"
+
+
 def test_a_version_that_is_no_number_is_refused():
   exchange = golden("generate_logprobs_t1")
   with pytest.raises(ProtocolError, match="default"):
