@@ -22,7 +22,7 @@ def inputs(
   pages = rows * width + 3
   shape = (LAYERS, pages, kv_heads, page, HEAD_DIM)
   longest = width * page if longest is None else longest
-  ends = rng.integers(queries, longest + 1, rows)
+  ends = np.sort(rng.integers(queries, longest + 1, rows))
   return {
     "q_BTNH": jnp.asarray(rng.normal(size=(rows, queries, heads, HEAD_DIM)), dtype),
     "k_LPKOH": jnp.asarray(rng.normal(size=shape), dtype),

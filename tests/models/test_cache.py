@@ -83,14 +83,14 @@ def test_only_valid_tokens_write_and_only_to_their_pages():
   params = helpers.random_params(CONFIG)
   tokens, positions, segment_ids = helpers.rows(CONFIG, 2, CHUNK)
   segment_ids[0, 5:] = 0
-  positions = positions + np.int32([[2], [20]])  # the second row runs past the end of its table
+  positions = positions + np.int32([[2], [22]])  # the second row runs past the end of its table
   before = stale_cache()
   tables = np.array([[3, 6, 6, 6, 6, 6], [8, 8, 8, 8, 8, 10]], np.int32)
   out = helpers.forward_cached(CONFIG, params, tokens, positions, segment_ids, before, tables)
   for old, new in zip(before, out.cache, strict=True):
     changed = np.any(np.asarray(old != new), axis=(2, 4))
     expected = np.zeros((CONFIG.num_layers, PAGES, PAGE), bool)
-    expected[:, 3, 2:] = expected[:, 6, :3] = expected[:, 10] = True
+    expected[:, 3, 2:] = expected[:, 6, :3] = expected[:, 10, 2:] = True
     np.testing.assert_array_equal(changed, expected)
 
 
