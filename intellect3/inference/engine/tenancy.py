@@ -86,11 +86,25 @@ def keep_experts(sequence: Sequence, pages: Pages) -> None:
     for index in range(sequence.reused, min(len(sequence.nodes), sequence.cached // size))
     if sequence.nodes[index].experts is None
   ]
-  if missing and sequence.experts:
-    own = np.concatenate(sequence.experts)
+  if sequence.experts:
     for index in missing:
       start = index * size - sequence.passed
-      sequence.nodes[index].experts = own[start : start + size].copy()
+      sequence.nodes[index].experts = _computed(sequence, start, start + size)
+
+
+def _computed(sequence: Sequence, start: int, stop: int) -> np.ndarray:
+  """The experts of some of the tokens that the sequence computed, counted from the first of them;
+  looks from the end, where a page that was just filled is, and joins nothing else."""
+  pieces: list[np.ndarray] = []
+  end = sequence.cached - sequence.passed
+  for piece in reversed(sequence.experts):
+    begin = end - len(piece)
+    if begin < stop:
+      pieces.append(piece[max(start - begin, 0) : stop - begin])
+    if begin <= start:
+      break
+    end = begin
+  return np.concatenate(pieces[::-1])
 
 
 def move_out(sequence: Sequence, pages: Pages, *, share_sampled: bool) -> None:
