@@ -78,12 +78,12 @@ def run_here(capsys):
     (
       {"inference.embedded_server.options": {"slots": "many"}},
       [],
-      "options: expected flags of the engine, got {'slots': 'many'}: argument --slots: invalid int",
+      "options: expected flags of the engine, got {'slots': 'many'}: argument --slots: expected a",
     ),
     (
       {"inference.embedded_server.options": {"slots": 0}},
       [],
-      "options['slots']: expected an integer >= 1, got 0",
+      "argument --slots: expected a whole number of at least 1, got 0",
     ),
     (
       {"inference.embedded_server.options": {"port": 80}},

@@ -168,6 +168,7 @@ def test_on_policy_logprobs_agree_with_the_server_that_sampled(model, tmp_path):
     assert row["masked_share"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_resumed_ends_in_the_same_bits(model, tmp_path):
   steps = 10
   settings = {"rl.run.model_path": str(model), "rl.run.steps": steps, **SYNCHRONOUS}
@@ -196,7 +197,7 @@ def test_a_run_that_was_killed_and_resumed_ends_in_the_same_bits(model, tmp_path
     assert identity(row)
 
 
-@pytest.mark.parametrize("rule", ["drop", "mask"])
+@pytest.mark.parametrize("rule", ["drop", pytest.param("mask", marks=pytest.mark.slow)])
 def test_pools_and_staleness_rules_fire_through_the_run(model, tmp_path, rule):
   gin = tmp_path / "slow.gin"
   gin.write_text("from tests.environments import two_turns\n")
@@ -239,15 +240,11 @@ def test_pools_and_staleness_rules_fire_through_the_run(model, tmp_path, rule):
     assert masked > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("verify", "tensor", "reason"),
   [
-    pytest.param(
-      True,
-      "model.norm.weight",
-      "fingerprints of v_[0-9]+ differ from its manifest: model.norm.w",
-      marks=pytest.mark.slow,
-    ),
+    (True, "model.norm.weight", "fingerprints of v_[0-9]+ differ from its manifest: model.norm.w"),
     (False, "model.layers.1.mlp.experts.3.down_proj.weight", "canary"),
   ],
 )

@@ -43,6 +43,7 @@ def test_a_list_changes_while_the_run_goes_and_a_broken_one_is_not_taken(tmp_pat
   assert listed() == ("http://b:2",)
 
 
+@pytest.mark.slow
 def test_weights_travel_as_tensors_and_are_calibrated(model, tmp_path):
   out = tmp_path / "run"
   settings = {

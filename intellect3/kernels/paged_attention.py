@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-SPAN_TOKENS = 128
+SPAN_TOKENS = 64
 """Tokens of each row that are read at once."""
 
 

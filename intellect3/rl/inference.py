@@ -8,10 +8,7 @@ from urllib.parse import urlparse
 
 from intellect3.inference import launch
 from intellect3.inference.engine import flags
-from intellect3.rl import checks
 from intellect3.rl.roles import NotStarted, Shared
-
-_COUNTS = ("slots", "prefill_rows", "prefill_chunk", "queue_limit")
 
 
 def embedded_server(
@@ -36,17 +33,13 @@ def embedded_server(
   said = io.StringIO()
   try:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-      settings = flags.parse(command[command.index("--model") :])
+      flags.parse(command[command.index("--model") :])
   except SystemExit as error:
     lines = said.getvalue().strip().splitlines() if error.code else ["help is no setting"]
-    reason = lines[-1].partition("error: ")[2] or lines[-1]
+    reason = lines[-1].partition("cannot start: ")[2] or lines[-1]
     raise NotStarted(
       f"{field}: expected flags of the engine, got {dict(options)}: {reason}"
     ) from error
-  for name in _COUNTS:
-    checks.integer(f"{field}[{name!r}]", getattr(settings, name), 1)
-  if settings.context_length is not None:
-    checks.integer(f"{field}['context_length']", settings.context_length, 2)
   return command
 
 

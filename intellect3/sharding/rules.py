@@ -38,7 +38,7 @@ SERVE: Rules = (
   ("act_length", None),
   ("act_embed", None),
 )
-"""Heads, widths and vocabulary over `tensor`, experts over `expert`, the cache as its kv heads; every
+"""Heads, widths, vocabulary over `tensor`, experts over `expert`, the cache as its kv heads. Every
 device has all rows: a decode step is too small to be worth splitting by them."""
 
 

@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
   add("--prefill-rows", type=_whole(1), default=16, help="prompt chunks that a prefill call takes")
   add("--prefill-chunk", type=_whole(1), default=32, help="tokens of each; divides the page size")
   add("--decode-steps", type=_whole(1), default=8, help="most tokens per request of a decode call")
-  add("--page-size", type=_whole(1), default=32, help="tokens of a cache page, the unit of sharing")
+  add("--page-size", type=_whole(1), default=64, help="tokens of a cache page, the unit of sharing")
   add("--max-total-tokens", type=_whole(1), help="of the cache; None: slots times context length")
   add("--tp-size", type=_whole(1), default=1, help="devices that the model is split over")
   add(

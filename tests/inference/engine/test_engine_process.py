@@ -75,7 +75,7 @@ def test_a_cache_that_is_smaller_than_the_context_is_told_as_given(models):
     ("--slots", "2.5", "at least 1"),
     ("--prefill-rows", "0", "at least 1"),
     ("--prefill-chunk", "0", "at least 1"),
-    ("--prefill-chunk", "24", "a divisor of --page-size (32)"),
+    ("--prefill-chunk", "24", "a divisor of --page-size (64)"),
     ("--decode-steps", "0", "at least 1"),
     ("--page-size", "-64", "at least 1"),
     ("--max-total-tokens", "0", "at least 1"),
