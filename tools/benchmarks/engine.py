@@ -33,7 +33,8 @@ from intellect3 import compilation_cache
 from intellect3.inference import launch
 from intellect3.inference.transport import HttpTransport
 from tools.benchmarks.engine_load import Load, body, gaps, percentiles
-from tools.benchmarks.engine_sides import SIDES, Side, peak_mib, random_prompts
+from tools.benchmarks.engine_sides import SIDES, random_prompts, save_preset, start_side
+from tools.benchmarks.side import Side, peak_mib
 
 HEALTHY_SECONDS = 600.0
 GROUPS, GROUP_SIZE, SHARED_TOKENS = 8, 16, 512
@@ -62,21 +63,11 @@ def main() -> None:
   arguments = parser.parse_args()
   compilation_cache.set_default()
   with tempfile.TemporaryDirectory() as directory:
-    model = arguments.model or _save_preset(arguments.preset, pathlib.Path(directory) / "model")
+    model = arguments.model or save_preset(arguments.preset, pathlib.Path(directory) / "model")
     result = asyncio.run(_measure(model, arguments))
   _print(result)
   if arguments.json:
     pathlib.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _save_preset(name: str, directory: pathlib.Path) -> str:
-  import jax
-
-  from intellect3.models import hf, presets, transformer
-
-  config = getattr(presets, name)()
-  hf.save(directory, config, jax.device_get(transformer.init(config, jax.random.key(0))))
-  return str(directory)
 
 
 async def _measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +88,7 @@ async def _measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
   sides = {}
   try:
     for name in SIDES:
-      sides[name] = Side(name, model, options)
+      sides[name] = start_side(name, model, options)
     async with _engine(model, flags) as (url, pid, seconds), Load(url) as load:
       result["start_to_first_token_seconds"] = seconds
       result |= await _throughput(sides, {"http": load}, rng, vocab_size, arguments)
@@ -130,7 +121,7 @@ async def _throughput(
     bodies = [body(prompt, arguments.new_tokens, seed) for seed, prompt in enumerate(prompts)]
     for name in rates:
       if name in sides:
-        answer = sides[name].round(prompts, arguments.new_tokens)
+        answer = sides[name].ask([prompts, arguments.new_tokens])
         peaks[name] = answer["peak_mib"]
       else:
         answer = await loads[name].wave(bodies)

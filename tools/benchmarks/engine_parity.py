@@ -13,7 +13,6 @@ import dataclasses
 import json
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 import jax
@@ -21,11 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from intellect3.inference.engine import flags, server
-from intellect3.inference.engine.request import Request
-from intellect3.inference.engine.sequence import Sequence
 from intellect3.losses.logprobs import chunked_logprobs
-from intellect3.models import hf, presets, transformer
+from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
+from tools.benchmarks.engine_sides import sample, save_preset
 
 
 def main() -> None:
@@ -43,11 +41,7 @@ def main() -> None:
   add("--json", help="JSON file; None: only print")
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as directory:
-    model = arguments.model
-    if model is None:
-      model = str(pathlib.Path(directory) / "model")
-      config = getattr(presets, arguments.preset)()
-      hf.save(model, config, jax.device_get(transformer.init(config, jax.random.key(0))))
+    model = arguments.model or save_preset(arguments.preset, pathlib.Path(directory) / "model")
     result = {**vars(arguments), "jax": jax.__version__, **measure(model, arguments)}
   print(json.dumps(result, indent=2))
   if arguments.json:
@@ -63,7 +57,7 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
   config, params = parts.device.config, parts.device.host_params()
   rng = np.random.default_rng(0)
   prompts = rng.integers(1, config.vocab_size, (arguments.requests, arguments.prompt_tokens))
-  sampled = _sample(parts, prompts, arguments.new_tokens)
+  sampled = sample(parts, prompts.tolist(), arguments.new_tokens)
   tokens = np.asarray([sequence.tokens for sequence in sampled], np.int32)
   theirs = np.asarray([sequence.output_logprobs for sequence in sampled], np.float32)
   ours = _score(config, params, tokens)[:, -arguments.new_tokens :]
@@ -85,26 +79,6 @@ def compare(inference_logprobs: np.ndarray, logprobs: np.ndarray) -> dict[str, f
     "bitwise_share": float(np.mean(inference_logprobs == logprobs)),
     "mismatch_kl": float(np.mean(np.expm1(d) - d)),
   }
-
-
-def _sample(parts: server.Parts, prompts: np.ndarray, new_tokens: int) -> list[Sequence]:
-  sequences = []
-  for index, prompt in enumerate(prompts.tolist()):
-    request = Request(
-      rid=str(index),
-      input_ids=prompt,
-      max_new_tokens=new_tokens,
-      temperature=1.0,
-      ignore_eos=True,
-      return_logprob=True,
-    )
-    sequences.append(Sequence(request, seed=index, received=float(index)))
-    parts.batcher.add(sequences[-1])
-  while not parts.batcher.idle:
-    plan = parts.batcher.plan()
-    assert plan is not None
-    parts.batcher.apply(plan, *parts.device.run(plan), version="0", now=time.time())
-  return sequences
 
 
 def _score(config: ModelConfig, params: Any, tokens_BT: np.ndarray) -> np.ndarray:

@@ -7,15 +7,19 @@ with one: the seconds that the round took and the tokens that it sampled.
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tools.benchmarks.side import Side, peak_mib
+
+if TYPE_CHECKING:  # each side loads only what it runs
+  from intellect3.inference.engine import server
+  from intellect3.inference.engine.sequence import Sequence
 
 Round = Callable[[list[list[int]], int], int]
 """(prompts, new tokens) -> tokens sampled."""
@@ -59,68 +63,55 @@ def generate(model: str, options: dict[str, Any]) -> Round:
 def loop(model: str, options: dict[str, Any]) -> Round:
   """The engine's own loop; every request with logprobs, as over HTTP."""
   from intellect3.inference.engine import flags, server
-  from intellect3.inference.engine.request import Request
-  from intellect3.inference.engine.sequence import Sequence
 
   arguments = ["--model", model, "--port", "0", *options["engine_flags"]]
   parts = server.build(flags.parse(arguments))
-  batcher, device = parts.batcher, parts.device
 
   def run(prompts: list[list[int]], new_tokens: int) -> int:
-    for index, prompt in enumerate(prompts):
-      request = Request(
-        rid=str(index),
-        input_ids=prompt,
-        max_new_tokens=new_tokens,
-        temperature=1.0,
-        ignore_eos=True,
-        return_logprob=True,
-      )
-      batcher.add(Sequence(request, seed=index, received=float(index)))
-    tokens = 0
-    while not batcher.idle:
-      plan = batcher.plan()
-      assert plan is not None
-      done = batcher.apply(plan, *device.run(plan), version="0", now=time.time())
-      tokens += sum(len(sequence.output_ids) for sequence in done)
-    return tokens
+    return sum(len(one.output_ids) for one in sample(parts, prompts, new_tokens))
 
   return run
 
 
-class Side:
-  """The process of one side, from its start until `close`."""
+def sample(parts: "server.Parts", prompts: list[list[int]], new_tokens: int) -> "list[Sequence]":
+  """Samples from the engine's loop at temperature 1 until all prompts have their tokens."""
+  from intellect3.inference.engine.request import Request
+  from intellect3.inference.engine.sequence import Sequence
 
-  def __init__(self, name: str, model: str, options: dict[str, Any]):
-    """Starts the process and waits until it is ready."""
-    command = [sys.executable, "-m", "tools.benchmarks.engine_sides", name, model]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options["threads"])}
-    self._process = subprocess.Popen(
-      [*command, json.dumps(options)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env=environment,
+  sequences = []
+  for index, prompt in enumerate(prompts):
+    request = Request(
+      rid=str(index),
+      input_ids=prompt,
+      max_new_tokens=new_tokens,
+      temperature=1.0,
+      ignore_eos=True,
+      return_logprob=True,
     )
-    self.versions = self._answer()
+    sequences.append(Sequence(request, seed=index, received=float(index)))
+    parts.batcher.add(sequences[-1])
+  while not parts.batcher.idle:
+    plan = parts.batcher.plan()
+    assert plan is not None
+    parts.batcher.apply(plan, *parts.device.run(plan), version="0", now=time.time())
+  return sequences
 
-  def round(self, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
-    """One round; `seconds`, `tokens` and the process's `peak_mib`."""
-    assert self._process.stdin is not None
-    self._process.stdin.write(json.dumps([prompts, new_tokens]) + "\n")
-    self._process.stdin.flush()
-    return self._answer()
 
-  def close(self) -> None:
-    """Ends the process; call it in every case."""
-    self._process.communicate()
+def start_side(name: str, model: str, options: dict[str, Any]) -> Side:
+  """Starts a side's process and waits until it is ready; ask it `[prompts, new tokens]`."""
+  threads = {"OMP_NUM_THREADS": str(options["threads"])}
+  return Side(["tools.benchmarks.engine_sides", name, model, json.dumps(options)], threads)
 
-  def _answer(self) -> dict[str, Any]:
-    assert self._process.stdout is not None
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(f"benchmark side ended early, exit code {self._process.wait()}")
-    return json.loads(line)
+
+def save_preset(name: str, directory: pathlib.Path) -> str:
+  """Writes a preset with random weights; gives the directory."""
+  import jax
+
+  from intellect3.models import hf, presets, transformer
+
+  config = getattr(presets, name)()
+  hf.save(directory, config, jax.device_get(transformer.init(config, jax.random.key(0))))
+  return str(directory)
 
 
 def random_prompts(
@@ -128,14 +119,6 @@ def random_prompts(
 ) -> list[list[int]]:
   """Prompts that have nothing in common."""
   return rng.integers(1, vocab_size, (count, length)).tolist()
-
-
-def peak_mib(pid: int | str = "self") -> float:
-  """High-water mark of a process's resident set, in MiB."""
-  for line in pathlib.Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-    if line.startswith("VmHWM:"):
-      return int(line.split()[1]) / 1024
-  raise RuntimeError(f"/proc/{pid}/status: expected a line VmHWM, got none")
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from tools.benchmarks.side import Side, peak_mib
 
 SIDES = ("ours", "transformers")
 LEARNING_RATE = 1e-4
@@ -118,14 +119,6 @@ def write_inputs(directory: pathlib.Path, size: Size, seed: int) -> dict[str, An
   }
 
 
-def peak_mib() -> float:
-  """High-water mark of this process's resident set since the last reset, in MiB."""
-  for line in pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-    if line.startswith("VmHWM:"):
-      return int(line.split()[1]) / 1024
-  raise RuntimeError("/proc/self/status: expected a line VmHWM, got none")
-
-
 def serve_side(step: Callable[[], tuple[float, float]], versions: str) -> None:
   """Answers each line on stdin, a number of steps, with one JSON line; ends with stdin.
 
@@ -182,42 +175,14 @@ def run_side(arguments: argparse.Namespace) -> None:
   serve_side(step, versions)
 
 
-class Side:
-  """The process of one side, from its start until `close`."""
-
-  def __init__(self, name: str, size: str, directory: str, arguments: argparse.Namespace):
-    """Starts the process and waits until it has taken its first steps."""
-    command = [sys.executable, "-m", "tools.benchmarks.step", "--side", name, "--size", size]
-    command += ["--inputs", directory, "--threads", str(arguments.threads)]
-    command += ["--head-chunk-size", str(arguments.head_chunk_size)]
-    command += ["--run-options", arguments.run_options]
-    command += ["--experts", arguments.experts] if arguments.experts else []
-    self._process = subprocess.Popen(
-      command,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(arguments.threads)},
-    )
-    self.first = self._answer()
-
-  def train(self, steps: int) -> dict[str, Any]:
-    """Trains so many steps and returns what they took."""
-    assert self._process.stdin is not None
-    self._process.stdin.write(f"{steps}\n")
-    self._process.stdin.flush()
-    return self._answer()
-
-  def close(self) -> None:
-    """Ends the process; call it in every case."""
-    self._process.communicate()
-
-  def _answer(self) -> dict[str, Any]:
-    assert self._process.stdout is not None
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(f"benchmark side ended early, exit code {self._process.wait()}")
-    return json.loads(line)
+def start_side(name: str, size: str, directory: str, arguments: argparse.Namespace) -> Side:
+  """Starts a side's process and waits until it has taken its first steps."""
+  command = ["tools.benchmarks.step", "--side", name, "--size", size]
+  command += ["--inputs", directory, "--threads", str(arguments.threads)]
+  command += ["--head-chunk-size", str(arguments.head_chunk_size)]
+  command += ["--run-options", arguments.run_options]
+  command += ["--experts", arguments.experts] if arguments.experts else []
+  return Side(command, {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(arguments.threads)})
 
 
 def check_agreement(
@@ -242,11 +207,11 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sides: dict[str, Side] = {}
     try:
       for side in SIDES:
-        sides[side] = Side(side, name, directory, arguments)
+        sides[side] = start_side(side, name, directory, arguments)
       answers: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
       for repetition in range(arguments.repetitions):
         for side in SIDES if repetition % 2 == 0 else SIDES[::-1]:
-          answers[side].append(sides[side].train(steps))
+          answers[side].append(sides[side].ask(steps))
     finally:
       for process in sides.values():
         process.close()

@@ -33,8 +33,6 @@ from intellect3.sharding import rules, specs
 
 Params = Any
 
-MEMORY_TAGS = ("kv_cache", "weights")
-
 
 class Device:
   """Owns weights and cache; the engine's thread calls it, but `prepare` may run beside it."""

@@ -74,7 +74,7 @@ def decode(
     experts_NLSA=jnp.zeros(
       (
         shape.steps,
-        config.num_layers - config.num_dense_layers,
+        config.num_moe_layers,
         slots,
         config.num_experts_per_token,
       ),
