@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from engine_trainer import Trainer, log_softmax
 
-from intellect3.inference.engine.device import MEMORY_TAGS, Device
+from intellect3.inference.engine.control import MEMORY_TAGS
+from intellect3.inference.engine.device import Device
 from intellect3.inference.engine.programs import Shape
 from intellect3.inference.engine.steps import MAX_STOP_IDS
 from tests.models import helpers
