@@ -14,38 +14,69 @@ from intellect3.models.config import ModelConfig
 
 
 class Router(nn.Module):
-  """Sigmoid router without auxiliary loss (DeepSeek-V3, arXiv 2412.19437; GLM-4.5).
+  """Chooses each token's experts, and says what they weigh.
 
-    s = sigmoid(x W);  chosen = top A of s + b;  w = s_chosen / sum(s_chosen) * factor
+    s = sigmoid(x W)  or  softmax(x W);  chosen = top A of s + b;
+    w = s_chosen / sum(s_chosen) * factor
 
-  All in float32. The correction bias `b` decides who is chosen and never what they weigh; it gets
-  no gradient.
+  Sigmoid with the correction bias `b` and no auxiliary loss: DeepSeek-V3 (arXiv 2412.19437),
+  GLM-4.5. Softmax without it: Qwen3 (arXiv 2505.09388). With groups, only experts of the best
+  groups can be chosen; a group's score is the sum of its two best s + b (DeepSeek-V3). All in
+  float32. The bias decides who is chosen and never what they weigh; it gets no gradient.
   """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns experts_TA int32 and weights_TA float32."""
+  def __call__(
+    self, x_TD: jax.Array, replayed_TA: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Scores the experts of every token.
+
+    Args:
+      x_TD: floating [T, D].
+      replayed_TA: int32 [T, A], a choice to take instead of the own one; a token with a negative
+        entry chooses for itself. The weights are those of the own scores in any case.
+
+    Returns:
+      experts_TA int32 and weights_TA float32.
+    """
     config = self.config
     shape = (config.embed_dim, config.num_experts)
     kernel_DE = layers.parameter(
       self, "kernel", layers.kernel_init(), shape, ("embed", None), config.param_dtype
     )
-    zeros = nn.initializers.zeros_init()
-    bias_E = layers.parameter(self, "correction_bias", zeros, shape[1:], (None,), "float32")
     logits_TE = jnp.dot(
       x_TD.astype(jnp.float32),
       kernel_DE.astype(jnp.float32),
       precision=jax.lax.Precision.HIGHEST,
     )
-    scores_TE = jax.nn.sigmoid(logits_TE)
-    choice_TE = jax.lax.stop_gradient(scores_TE + bias_E.astype(jnp.float32))
-    _, experts_TA = jax.lax.top_k(choice_TE, config.num_experts_per_token)
+    to_scores = jax.nn.sigmoid if config.router_scores == "sigmoid" else jax.nn.softmax
+    scores_TE = to_scores(logits_TE)
+    choice_TE = jax.lax.stop_gradient(scores_TE)
+    if config.router_bias:
+      zeros = nn.initializers.zeros_init()
+      choice_TE += layers.parameter(self, "correction_bias", zeros, shape[1:], (None,), "float32")
+    experts_TA = _choose(config, choice_TE)
+    if replayed_TA is not None:
+      own_T1 = jnp.any(replayed_TA < 0, axis=1, keepdims=True)
+      experts_TA = jnp.where(own_T1, experts_TA, replayed_TA)
     weights_TA = jnp.take_along_axis(scores_TE, experts_TA, axis=1)
     if config.norm_topk_prob:
       weights_TA = weights_TA / (jnp.sum(weights_TA, axis=1, keepdims=True) + 1e-20)
     return experts_TA, weights_TA * config.routed_scaling_factor
+
+
+def _choose(config: ModelConfig, choice_TE: jax.Array) -> jax.Array:
+  """The top A experts of every token, out of its best groups."""
+  if config.num_groups_per_token < config.num_expert_groups:
+    tokens, groups = choice_TE.shape[0], config.num_expert_groups
+    choice_TGX = choice_TE.reshape(tokens, groups, -1)
+    best_TG2, _ = jax.lax.top_k(choice_TGX, 2)
+    _, groups_TC = jax.lax.top_k(jnp.sum(best_TG2, axis=2), config.num_groups_per_token)
+    open_TG = jnp.any(groups_TC[:, :, None] == jnp.arange(groups), axis=1)
+    choice_TE = jnp.where(open_TG[:, :, None], choice_TGX, -jnp.inf).reshape(tokens, -1)
+  return jax.lax.top_k(choice_TE, config.num_experts_per_token)[1]
 
 
 class Experts(nn.Module):
@@ -88,11 +119,15 @@ class MoE(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the block's output [B, T, D] and experts_BTA int32."""
+  def __call__(
+    self, x_BTD: jax.Array, replayed_BTA: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the block's output [B, T, D] and experts_BTA int32; for `replayed` see `Router`."""
     config = self.config
     x_TD = x_BTD.reshape(-1, config.embed_dim)
-    experts_TA, weights_TA = Router(config, name="router")(x_TD)
+    if replayed_BTA is not None:
+      replayed_BTA = replayed_BTA.reshape(x_TD.shape[0], -1)
+    experts_TA, weights_TA = Router(config, name="router")(x_TD, replayed_BTA)
     out_BTD = Experts(config, name="experts")(x_TD, experts_TA, weights_TA).reshape(x_BTD.shape)
     if config.num_shared_experts:
       width = config.num_shared_experts * config.expert_mlp_dim

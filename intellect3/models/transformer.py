@@ -63,7 +63,11 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, carry: tuple[jax.Array, KVCache | None], layer: jax.Array, context: Context
+    self,
+    carry: tuple[jax.Array, KVCache | None],
+    layer: jax.Array,
+    replayed_BTA: jax.Array | None,
+    context: Context,
   ) -> tuple[tuple[jax.Array, KVCache | None], jax.Array | None]:
     config = self.config
     x_BTD, cache = carry
@@ -73,7 +77,7 @@ class Layer(nn.Module):
     normed_BTD = layers.RMSNorm(config, name="mlp_norm")(x_BTD)
     experts_BTA = None
     if self.moe:
-      out_BTD, experts_BTA = MoE(config, name="moe")(normed_BTD)
+      out_BTD, experts_BTA = MoE(config, name="moe")(normed_BTD, replayed_BTA)
     else:
       out_BTD = layers.MLP(config, config.mlp_dim, name="mlp")(normed_BTD)
     x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
@@ -93,6 +97,7 @@ class Transformer(nn.Module):
     segment_ids_BT: jax.Array,
     cache: KVCache | None = None,
     tables_BW: jax.Array | None = None,
+    routed_experts_LBTA: jax.Array | None = None,
   ) -> Output:
     """Runs the decoder on packed rows, or on rows that continue the sequences of a cache.
 
@@ -106,18 +111,26 @@ class Transformer(nn.Module):
       cache: None, or the carry; donate it to `jit` to have it updated in place.
       tables_BW: int32 [B, W], the cache pages of each row's sequence, in order; the caller keeps
         positions below W pages. None without a cache.
+      routed_experts_LBTA: int32 [M, B, T, A], the experts to take instead of the routers' own
+        choice (router replay), laid out as `RouterStats.experts_LBTA`; a token with a negative
+        entry chooses for itself. Their weights are of the model's own scores.
 
     Returns:
       `Output`; hidden states in config.dtype. Padding's hidden states mean nothing.
 
     Raises:
-      ValueError: for an unknown remat policy, or page tables that do not go with rows or cache.
+      ValueError: for an unknown remat policy, page tables that do not go with rows or cache, or
+        routed experts of another shape than the model's.
     """
     config = self.config
     if config.remat_policy not in REMAT_POLICIES:
       expected = tuple(REMAT_POLICIES)
       raise ValueError(f"remat_policy: expected one of {expected}, got {config.remat_policy!r}")
     _check_tables(tokens_BT, cache, tables_BW)
+    chosen = (config.num_moe_layers, *tokens_BT.shape, config.num_experts_per_token)
+    if routed_experts_LBTA is not None and routed_experts_LBTA.shape != chosen:
+      given = list(routed_experts_LBTA.shape)
+      raise ValueError(f"routed_experts_LBTA: expected {list(chosen)}, got {given}")
     shape, axes, dtype = (
       (config.vocab_size, config.embed_dim),
       ("vocab", "embed"),
@@ -134,8 +147,7 @@ class Transformer(nn.Module):
     context = Context(positions_BT, segment_ids_BT, angles_BTR, tables_BW)
 
     carry = (x_BTD, cache)
-    batch, length = tokens_BT.shape
-    experts_LBTA = jnp.zeros((0, batch, length, config.num_experts_per_token), jnp.int32)
+    experts_LBTA = jnp.zeros((0, *chosen[1:]), jnp.int32)
     first_moe = config.num_dense_layers
     for name, moe, start, stop in (
       ("dense_layers", False, 0, first_moe),
@@ -143,7 +155,8 @@ class Transformer(nn.Module):
     ):
       if stop > start:
         stack = _scanned(config, stop - start, remat=cache is None)(config, moe=moe, name=name)
-        carry, experts = stack(carry, jnp.arange(start, stop), context)
+        replayed = routed_experts_LBTA if moe else None
+        carry, experts = stack(carry, jnp.arange(start, stop), replayed, context)
         experts_LBTA = experts if moe else experts_LBTA
     x_BTD, cache = carry
     hidden_BTD = layers.RMSNorm(config, name="final_norm")(x_BTD)
@@ -161,7 +174,7 @@ def _scanned(config: ModelConfig, length: int, *, remat: bool) -> Any:
     layer,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(0, nn.broadcast),
+    in_axes=(0, 0, nn.broadcast),
     length=length,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )

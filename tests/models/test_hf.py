@@ -168,7 +168,7 @@ def test_broken_directories_say_what_is_wrong(tmp_path, params):
     ("[]", "expected a JSON object, got list"),
     (json.dumps({**config, "model_type": "llama"}), "model_type: expected one of .*'llama'"),
     (json.dumps({**config, "hidden_act": "gelu"}), "hidden_act: expected 'silu', got 'gelu'"),
-    (json.dumps({**config, "n_group": 2}), "n_group: expected 1, got 2"),
+    (json.dumps({**config, "n_group": 3}), "num_expert_groups: expected a divisor"),
     (json.dumps({**config, "num_attention_heads": 3}), "num_heads: expected a multiple of"),
     (json.dumps({**config, "vocab_size": "many"}), "vocab_size"),
     (json.dumps({**config, "hidden_size": None}), "config.json: .*'hidden_size'"),
