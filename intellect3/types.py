@@ -28,6 +28,33 @@ NOT_SAMPLED = -1
 LOG_SCHEMA = 1
 """Version of the RolloutLog's record schema, written into every manifest."""
 
+
+class RouterShape(msgspec.Struct, frozen=True, kw_only=True):
+  """What a model's routers choose of: the shape of recorded and replayed choices.
+
+  Attributes:
+    num_layers: layers of the model.
+    num_dense_layers: the first so many choose nothing.
+    num_experts: E, experts of each other layer; at most 65,536.
+    num_experts_per_token: A, how many of them a token uses.
+  """
+
+  num_layers: int
+  num_dense_layers: int
+  num_experts: int
+  num_experts_per_token: int
+
+  @property
+  def num_moe_layers(self) -> int:
+    """Layers that choose."""
+    return self.num_layers - self.num_dense_layers
+
+  @property
+  def dtype(self) -> type[np.unsignedinteger]:
+    """The smallest dtype that holds every expert's id."""
+    return np.uint8 if self.num_experts <= 256 else np.uint16
+
+
 Message = Mapping[str, Any]
 """One chat message in the OpenAI form: `role`, `content`, also `tool_calls`, `tool_call_id`."""
 
@@ -59,6 +86,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     server: address of the server that made the last token.
     servers: every server that made tokens of it, in order; empty where only the last is known.
     reprefilled_tokens: tokens known to a server before that one had to compute again.
+    routed_experts: optional uint8 or uint16[R, MoE layers, A]: the experts of the R tokens before
+      the last one, in order, whose experts the caller did not have yet.
   """
 
   tokens: np.ndarray
@@ -68,6 +97,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
   server: str
   servers: Sequence[str] = ()
   reprefilled_tokens: int = 0
+  routed_experts: np.ndarray | None = None
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +109,8 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     inference_logprobs: float32[T]; 0.0 where not sampled.
     policy_versions: int32[T]; `NOT_SAMPLED` where not sampled.
     temperature: the sampling temperature of the branch; the trainer divides its logits by it.
-    routed_experts: optional uint8 or uint16[T, layers, k], the server's choice of experts.
+    routed_experts: optional uint8 or uint16[R, MoE layers, A], R <= T: the server's choice of
+      experts for the first R tokens. Of the last token there is none: nobody computed it.
   """
 
   tokens: np.ndarray
@@ -109,6 +140,14 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
       raise ValueError("Trajectory: a token that was not sampled has mask False and logprob 0.0")
     if not np.all(np.isfinite(self.inference_logprobs)):
       raise ValueError("Trajectory.inference_logprobs: expected finite values, got NaN or inf")
+    experts = self.routed_experts
+    if experts is not None and (
+      experts.ndim != 3 or experts.dtype not in (np.uint8, np.uint16) or len(experts) > length[0]
+    ):
+      raise ValueError(
+        f"Trajectory.routed_experts: expected uint8 or uint16[at most {length[0]}, layers, experts "
+        f"per token], got {experts.dtype}{list(experts.shape)}"
+      )
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):

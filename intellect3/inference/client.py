@@ -12,11 +12,11 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from intellect3.inference import protocol
+from intellect3.inference import protocol, routed_experts
 from intellect3.inference.balance import Balancer, NoServers, Server
 from intellect3.inference.continuation import Progress, continued_seed
 from intellect3.inference.transport import Transport, TransportError
-from intellect3.types import Generation
+from intellect3.types import Generation, RouterShape
 
 __all__ = [
   "NoServers",
@@ -57,6 +57,7 @@ class ServerPool:
     urls: Sequence[str] = (),
     *,
     vocab_size: int,
+    router: RouterShape | None = None,
     max_concurrency: int = 256,
     max_waiting: int = 10_000,
     max_wait_seconds: float = 600.0,
@@ -75,6 +76,7 @@ class ServerPool:
       transport: carries the requests; the pool does not close it.
       urls: addresses, e.g. `http://127.0.0.1:30000`.
       vocab_size: ids at or above it are neither sent nor accepted.
+      router: the model's; every generation then brings its routed experts, or fails.
       max_concurrency: requests on one server at a time, fewer where it says that it is full (503);
         further ones wait their turn.
       max_waiting: how many may wait.
@@ -104,6 +106,7 @@ class ServerPool:
       raise ValueError(f"timeout_seconds: expected more than 0, got {timeout_seconds}")
     self._transport = transport
     self._vocab_size = vocab_size
+    self._router = router
     self._segment_tokens = segment_tokens
     self._retries = retries
     self._max_wait_seconds = max_wait_seconds
@@ -193,7 +196,8 @@ class ServerPool:
         of the server's weights, as told, when the generation first went there.
       affinity: name of the group whose members share the prompt.
       prefer: url of the server that holds the conversation so far.
-      known_tokens: length of the prompt's prefix that servers have computed before.
+      known_tokens: length of the prompt's prefix that servers have computed before, and whose
+        experts, with a `router`, the caller has.
       so_far: what an earlier call (of another process, perhaps) had when it was broken off.
       progress: is given each segment's tokens as they come.
 
@@ -214,7 +218,7 @@ class ServerPool:
     prompt = [int(token) for token in prompt_ids]
     made = Progress(known=known_tokens)
     if so_far is not None:
-      made.add(so_far)
+      made.resume(so_far, self._router)
     failures = requests = 0
     server: Server | None = None
     clock = asyncio.get_running_loop().time
@@ -222,15 +226,14 @@ class ServerPool:
     try:
       while len(made.tokens) < max_new_tokens:
         budget = min(self._segment_tokens, max_new_tokens - len(made.tokens))
-        request = protocol.GenerateRequest(
-          input_ids=prompt + made.tokens,
+        request = made.next_request(
+          prompt,
           rid=rid if requests == 0 else f"{rid}.{requests}",
-          sampling_params=protocol.SamplingParams(
-            max_new_tokens=budget,
-            temperature=temperature,
-            stop_token_ids=[int(token) for token in stop_token_ids],
-            sampling_seed=seed if seed is None else continued_seed(seed, len(made.tokens)),
-          ),
+          max_new_tokens=budget,
+          temperature=temperature,
+          stop_token_ids=stop_token_ids,
+          seed=seed,
+          router=self._router,
         )
         requests += 1
         if server is None:
@@ -316,11 +319,13 @@ class ServerPool:
       piece = protocol.parse_generation(
         reply, request, vocab_size=self._vocab_size, server=server.url
       )
+      if self._router is not None:
+        piece = routed_experts.add(piece, reply, request, self._router)
     except (TransportError, ServerUnavailable):
       self._avoid(server)
       raise
     except protocol.ProtocolError as error:
-      raise protocol.ProtocolError(f"{server.url}: {error}") from error
+      raise type(error)(f"{server.url}: {error}") from error
     if in_time:
       self._balancer.succeeded(server)
     else:

@@ -4,11 +4,13 @@ A generation is one or more requests, on one or more servers, under one or more 
 weights; each token keeps the logprob and the version that it was sampled with.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from intellect3.types import Generation
+from intellect3.inference.protocol import GenerateRequest, SamplingParams
+from intellect3.types import Generation, RouterShape
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Progress:
     keys: the cache key it uses on each server: its first one there, so that a generation keeps the
       cache it began with over an update in flight, in segments or not.
     reprefilled: tokens known before that a server said it had to compute again.
+    recorded: tokens whose experts are known: those that `known` began with, and the pieces'.
   """
 
   known: int
@@ -29,15 +32,54 @@ class Progress:
   tokens: list[int] = field(default_factory=list)
   keys: dict[str, str] = field(default_factory=dict)
   reprefilled: int = 0
+  recorded: int = field(init=False)
+
+  def __post_init__(self) -> None:
+    self.recorded = self.known
 
   def add(self, piece: Generation) -> None:
     self.pieces.append(piece)
     self.tokens.extend(piece.tokens.tolist())
+    if piece.routed_experts is not None:
+      self.recorded += len(piece.routed_experts)
+
+  def resume(self, so_far: Generation, router: RouterShape | None) -> None:
+    """Takes what an earlier call had; raises ValueError where its experts are missing."""
+    if router is not None and so_far.tokens.size and so_far.routed_experts is None:
+      raise ValueError("so_far.routed_experts: expected those of its tokens, got none")
+    self.add(so_far)
+
+  def next_request(
+    self,
+    prompt: Sequence[int],
+    *,
+    rid: str,
+    max_new_tokens: int,
+    temperature: float,
+    stop_token_ids: Sequence[int],
+    seed: int | None,
+    router: RouterShape | None,
+  ) -> GenerateRequest:
+    """The request for what follows. Each token's experts are asked for once: what the call that
+    sampled with them used counts, also where a later one computes the token again."""
+    return GenerateRequest(
+      input_ids=[*prompt, *self.tokens],
+      rid=rid,
+      sampling_params=SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_token_ids=[int(token) for token in stop_token_ids],
+        sampling_seed=seed if seed is None else continued_seed(seed, len(self.tokens)),
+      ),
+      return_routed_experts=None if router is None else True,
+      routed_experts_start_len=None if router is None else self.recorded,
+    )
 
   def whole(self, finish_reason: str) -> Generation:
     """The pieces as one Generation, in order."""
     made = [piece for piece in self.pieces if piece.tokens.size] or self.pieces[-1:]
     servers = dict.fromkeys(url for piece in made for url in piece.servers or (piece.server,))
+    experts = [piece.routed_experts for piece in self.pieces if piece.routed_experts is not None]
     return Generation(
       tokens=np.concatenate([piece.tokens for piece in self.pieces]),
       inference_logprobs=np.concatenate([piece.inference_logprobs for piece in self.pieces]),
@@ -46,6 +88,7 @@ class Progress:
       server=made[-1].server,
       servers=tuple(servers),
       reprefilled_tokens=self.reprefilled,
+      routed_experts=np.concatenate(experts) if experts else None,
     )
 
 

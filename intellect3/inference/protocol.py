@@ -52,6 +52,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     logprob_start_len: first input position to score; -1 scores none.
     stream: always False: generations are asked for whole.
     extra_key: separates prefix caches; carries the policy version.
+    return_routed_experts: ask for the experts of each token from `routed_experts_start_len` on;
+      see `routed_experts`.
+    routed_experts_start_len: first position whose experts are told, at most the prompt's length.
   """
 
   input_ids: Sequence[int]
@@ -61,6 +64,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
   logprob_start_len: int = -1
   stream: bool = False
   extra_key: str | None = None
+  return_routed_experts: bool | None = None
+  routed_experts_start_len: int | None = None
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
@@ -95,6 +100,7 @@ class MetaInfo(msgspec.Struct, frozen=True):
   input_token_logprobs: Sequence[tuple[float | None, int, str | None]] = ()
   prompt_tokens: int | None = None
   cached_tokens: int | None = None
+  routed_experts: str | None = None
 
 
 class GenerateReply(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intellect3.types import NOT_SAMPLED, TrajectoryRecord
+from intellect3.types import NOT_SAMPLED, RouterShape, Trajectory, TrajectoryRecord
 
 Plan = tuple[tuple[int, ...], ...]
 """For each row the numbers of the trajectories in it, in the order in which they stand there."""
@@ -31,6 +31,9 @@ class Batch(NamedTuple):
     positions: int32[rows, length], from 0 within each segment.
     step: int32[], the training step (1-based).
     loss_tokens: int32[], loss-masked tokens of the whole batch over all hosts: the denominator.
+    routed_experts: uint8 or uint16[rows, length, MoE layers, A], the experts to replay; None where
+      none are replayed.
+    experts_recorded: bool[rows, length], the tokens that `routed_experts` is of; None with it.
   """
 
   tokens: np.ndarray
@@ -43,6 +46,8 @@ class Batch(NamedTuple):
   positions: np.ndarray
   step: np.ndarray
   loss_tokens: np.ndarray
+  routed_experts: np.ndarray | None = None
+  experts_recorded: np.ndarray | None = None
 
 
 def plan_rows(lengths: Sequence[int], row_length: int) -> Plan:
@@ -122,6 +127,7 @@ def pack(
   row_count: int,
   step: int,
   loss_tokens: int,
+  router: RouterShape | None = None,
 ) -> Batch:
   """Lays records out as the plan says.
 
@@ -132,21 +138,24 @@ def pack(
     row_count: rows of the result; rows beyond the plan are padding.
     step: the training step.
     loss_tokens: the global denominator.
+    router: what the model's routers choose of, to pack the records' routed experts; None leaves
+      them out.
 
   Returns:
     The batch, NumPy arrays of shape [row_count, row_length].
 
   Raises:
-    ValueError: a record breaks contract 1, or its first token is trained on (nothing predicts it).
+    ValueError: a record breaks contract 1, or its first token is trained on (nothing predicts it),
+      or its routed experts are missing or not such as the model has.
   """
   if len(plan) > row_count:
     raise ValueError(f"row_count: expected at least the plan's {len(plan)} rows, got {row_count}")
-  batch = empty_batch(row_count, row_length, step=step, loss_tokens=loss_tokens)
+  batch = empty_batch(row_count, row_length, step=step, loss_tokens=loss_tokens, router=router)
   for row, numbers in enumerate(plan):
     start = 0
     for segment, number in enumerate(numbers, start=1):
       record = records[number]
-      _check(record)
+      _check(record, router)
       trajectory = record.trajectory
       end = start + len(trajectory.tokens)
       if end > row_length:
@@ -160,13 +169,30 @@ def pack(
       batch.policy_versions[span] = trajectory.policy_versions
       batch.segment_ids[span] = segment
       batch.positions[span] = np.arange(end - start)
+      experts = trajectory.routed_experts
+      if experts is not None and batch.routed_experts is not None:
+        assert batch.experts_recorded is not None
+        recorded = row, slice(start, start + len(experts))
+        batch.routed_experts[recorded] = experts
+        batch.experts_recorded[recorded] = True
       start = end
   return batch
 
 
-def empty_batch(row_count: int, row_length: int, *, step: int, loss_tokens: int) -> Batch:
+def empty_batch(
+  row_count: int,
+  row_length: int,
+  *,
+  step: int,
+  loss_tokens: int,
+  router: RouterShape | None = None,
+) -> Batch:
   """A batch of nothing but padding."""
   shape = (row_count, row_length)
+  experts = recorded = None
+  if router is not None:
+    chosen = (router.num_moe_layers, router.num_experts_per_token)
+    experts, recorded = np.zeros((*shape, *chosen), router.dtype), np.zeros(shape, np.bool_)
   return Batch(
     tokens=np.zeros(shape, np.int32),
     loss_mask=np.zeros(shape, np.bool_),
@@ -178,10 +204,12 @@ def empty_batch(row_count: int, row_length: int, *, step: int, loss_tokens: int)
     positions=np.zeros(shape, np.int32),
     step=np.asarray(step, np.int32),
     loss_tokens=np.asarray(loss_tokens, np.int32),
+    routed_experts=experts,
+    experts_recorded=recorded,
   )
 
 
-def _check(record: TrajectoryRecord) -> None:
+def _check(record: TrajectoryRecord, router: RouterShape | None) -> None:
   trajectory = record.trajectory
   try:
     trajectory.check()
@@ -191,5 +219,23 @@ def _check(record: TrajectoryRecord) -> None:
       raise ValueError(f"Trajectory.temperature: expected >= 0, got {trajectory.temperature}")
     if not np.isfinite(record.advantage):
       raise ValueError(f"TrajectoryRecord.advantage: expected a number, got {record.advantage}")
+    if router is not None:
+      _check_experts(trajectory, router)
   except ValueError as error:
     raise ValueError(f"rollout {record.rollout_id} branch {record.branch}: {error}") from error
+
+
+def _check_experts(trajectory: Trajectory, router: RouterShape) -> None:
+  """Every token but the last, which predicts nothing, has its experts, and the model has those."""
+  experts, least = trajectory.routed_experts, len(trajectory.tokens) - 1
+  chosen = (router.num_moe_layers, router.num_experts_per_token)
+  if experts is None or len(experts) < least or experts.shape[1:] != chosen:
+    given = "none" if experts is None else f"{list(experts.shape)}"
+    raise ValueError(
+      f"Trajectory.routed_experts: expected [{least}, {chosen[0]} MoE layers, {chosen[1]} experts "
+      f"per token] to replay, got {given}"
+    )
+  if experts.size and int(experts.max()) >= router.num_experts:
+    raise ValueError(
+      f"Trajectory.routed_experts: expected experts below {router.num_experts}, got {experts.max()}"
+    )

@@ -1,5 +1,7 @@
 """Putting a host's batch on the devices, as the model's activations lie there."""
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -12,12 +14,19 @@ LENGTH_AXIS = "context"
 """Mesh axis that divides each row."""
 
 
-def batch_shardings(mesh: Mesh) -> packing.Batch:
-  """The shardings of a batch, as a Batch of NamedSharding; also for `jax.jit`'s in_shardings."""
+def batch_shardings(mesh: Mesh, *, routed_experts: bool = False) -> packing.Batch:
+  """The shardings of a batch, as a Batch of NamedSharding; also for `jax.jit`'s in_shardings.
+
+  Args:
+    mesh: with the axes `ROW_AXES` and `LENGTH_AXIS`.
+    routed_experts: whether the batch has the fields of router replay; else theirs are None.
+  """
   rows = NamedSharding(mesh, PartitionSpec(ROW_AXES, LENGTH_AXIS))
   scalar = NamedSharding(mesh, PartitionSpec())
-  arrays = {field: rows for field in packing.Batch._fields}
-  return packing.Batch(**{**arrays, "step": scalar, "loss_tokens": scalar})  # type: ignore[arg-type]
+  fields: dict[str, Any] = {field: rows for field in packing.Batch._fields}
+  if not routed_experts:
+    fields |= {"routed_experts": None, "experts_recorded": None}
+  return packing.Batch(**{**fields, "step": scalar, "loss_tokens": scalar})
 
 
 def check_rows(mesh: Mesh, *, micro_rows: int, row_length: int) -> None:
@@ -46,9 +55,5 @@ def place(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
   Returns:
     The global batch of jax.Array.
   """
-  return packing.Batch(
-    *(
-      jax.make_array_from_process_local_data(sharding, array)
-      for sharding, array in zip(batch_shardings(mesh), batch, strict=True)
-    )
-  )
+  shardings = batch_shardings(mesh, routed_experts=batch.routed_experts is not None)
+  return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)

@@ -50,6 +50,7 @@ def load_batch(
   row_length: int,
   micro_rows: int,
   row_counts: Sequence[int] | None = None,
+  router: types.RouterShape | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> packing.Batch:
@@ -61,6 +62,7 @@ def load_batch(
     row_length: tokens of a row.
     micro_rows: rows of a micro-batch.
     row_counts: allowed numbers of rows over all hosts; see `packing.choose_row_count`.
+    router: what the model's routers choose of, to have the records' choices in the batch.
     process_index: this host's number.
     process_count: hosts; each holds an equal block of the rows.
 
@@ -91,6 +93,7 @@ def load_batch(
     row_count=share,
     step=manifest.step,
     loss_tokens=manifest.loss_tokens,
+    router=router,
   )
 
 
@@ -102,6 +105,7 @@ def batches(
   row_length: int,
   micro_rows: int,
   row_counts: Sequence[int] | None = None,
+  router: types.RouterShape | None = None,
   stop: threading.Event,
   notify: threading.Event | None = None,
   wait: Wait | None = None,
@@ -118,6 +122,7 @@ def batches(
     row_length: tokens of a row.
     micro_rows: rows of a micro-batch.
     row_counts: allowed numbers of rows.
+    router: as for `load_batch`.
     stop: ends the iteration, also while it waits.
     notify: see `poll_manifests`; only without `wait`.
     wait: how to wait for a manifest; by default `poll_manifests`.
@@ -143,6 +148,7 @@ def batches(
       row_length=row_length,
       micro_rows=micro_rows,
       row_counts=row_counts,
+      router=router,
       process_index=process_index,
       process_count=process_count,
     )

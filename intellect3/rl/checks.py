@@ -4,6 +4,7 @@ Each raises `NotStarted` with one line that names the field, what was expected a
 """
 
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -12,8 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from intellect3 import rollout_log, telemetry
+from intellect3 import rollout_log, telemetry, types
 from intellect3.environments import base
+from intellect3.models.config import ModelConfig
 
 # What the roles write into a run directory; `logs` alone is no run.
 _RUN_FILES = ("config.gin", "metrics", "rollouts", "weights", "checkpoints")
@@ -42,6 +44,32 @@ def path(field: str, value: Any) -> None:
   """Refuses what is no path."""
   if not isinstance(value, str | os.PathLike) or not os.fspath(value):
     raise NotStarted(f"{field}: expected a path, got {value!r}")
+
+
+def router_shape(model_path: pathlib.Path) -> types.RouterShape:
+  """What the model's routers choose of; refuses a model that has none."""
+  file = model_path / "config.json"
+  try:
+    config = ModelConfig.from_hf(json.loads(file.read_text()))
+  except (OSError, ValueError) as error:
+    raise NotStarted(f"model_path: expected a model's directory, got {model_path}: {error}") from (
+      error
+    )
+  if not config.num_moe_layers:
+    raise NotStarted(
+      "replay_routed_experts: expected False for a model without experts, "
+      f"got True with {config.family}, {config.num_layers} dense layers ({model_path})"
+    )
+  if config.num_experts > 65536:
+    raise NotStarted(
+      f"replay_routed_experts: expected at most 65536 experts, got {config.num_experts}"
+    )
+  return types.RouterShape(
+    num_layers=config.num_layers,
+    num_dense_layers=config.num_dense_layers,
+    num_experts=config.num_experts,
+    num_experts_per_token=config.num_experts_per_token,
+  )
 
 
 def run_directory(directory: pathlib.Path, *, resume: bool, role: str) -> None:

@@ -10,6 +10,8 @@ from intellect3.inference import launch
 from intellect3.inference.engine import flags
 from intellect3.rl.roles import NotStarted, Shared
 
+_EXPERTS = "enable_return_routed_experts"
+
 
 def embedded_server(
   shared: Shared, index: int, *, options: Mapping[str, Any] | None = None
@@ -24,7 +26,7 @@ def embedded_server(
   Raises:
     NotStarted: an option is not a flag of the engine, or its value is not fit.
   """
-  options = _mapping("embedded_server", options)
+  options = _with_experts(shared, "embedded_server", _mapping("embedded_server", options))
   host = urlparse(shared.server_urls[index]).hostname
   command = launch.embedded_command(
     shared.model_path, _port(shared, index), **{"host": host, **options}
@@ -47,7 +49,7 @@ def sglang_server(
   shared: Shared, index: int, *, options: Mapping[str, Any] | None = None
 ) -> Sequence[str]:
   """A real SGLang server, from its own environment or container."""
-  options = _mapping("sglang_server", options)
+  options = _with_experts(shared, "sglang_server", _mapping("sglang_server", options))
   return launch.sglang_command(shared.model_path, _port(shared, index), **options)
 
 
@@ -63,6 +65,19 @@ def _mapping(function: str, options: Any) -> Mapping[str, Any]:
       f"got {options!r}"
     )
   return options
+
+
+def _with_experts(shared: Shared, function: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The options of a server that tells routed experts, where the run replays them."""
+  if shared.router is None:
+    return options
+  given = options.get(_EXPERTS, True)
+  if given is not True:
+    raise NotStarted(
+      f"inference.{function}.options: {_EXPERTS}: expected True with rl.run.replay_routed_experts, "
+      f"got {given!r}"
+    )
+  return {**options, _EXPERTS: True}
 
 
 def _port(shared: Shared, index: int) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from intellect3 import console as console_lib
-from intellect3 import summary, supervisor
+from intellect3 import summary, supervisor, types
 from intellect3.environments import base as environments_base
 from intellect3.inference import launch
 from intellect3.rendering import base as rendering_base
@@ -40,6 +40,8 @@ class Shared:
     num_workers: worker processes; 0 means one worker inside the orchestrator.
     orchestrator_url: where workers and the trainer reach the orchestrator.
     server_urls: the inference servers.
+    router: what the model's routers choose of, where the trainer replays the servers' choices;
+      None: it chooses for itself.
   """
 
   run_dir: pathlib.Path
@@ -54,6 +56,7 @@ class Shared:
   num_workers: int
   orchestrator_url: str
   server_urls: Sequence[str]
+  router: types.RouterShape | None = None
 
   @property
   def log_dir(self) -> pathlib.Path:
@@ -88,6 +91,7 @@ def run(
   worker: Callable[[Shared, int], Callable],
   inference: Callable[[Shared, int], Sequence[str]],
   max_off_policy_steps: int = 8,
+  replay_routed_experts: bool = False,
   environment_weights: Mapping[str, float] | None = None,
   seed: int = 0,
   num_workers: int = 1,
@@ -117,6 +121,8 @@ def run(
     inference: gives the command line of a server.
     max_off_policy_steps: bound on the staleness of a trained token, in steps; 0 is the synchronous
       loop.
+    replay_routed_experts: whether servers tell which experts computed each token, and the trainer
+      takes the same ones (weighted by its own scores); for a mixture of experts only.
     environment_weights: by environment name; equal shares by default.
     seed: run seed.
     num_workers: worker processes; 0 runs one worker inside the orchestrator.
@@ -156,6 +162,8 @@ def run(
   if environment_weights is None:
     environment_weights = dict.fromkeys(by_name, 1.0)
   checks.environment_weights(environment_weights, by_name)
+  if not isinstance(replay_routed_experts, bool):
+    raise NotStarted(f"replay_routed_experts: expected a bool, got {replay_routed_experts!r}")
   if isinstance(server_urls, str):
     raise NotStarted(f"server_urls: expected a list, got {server_urls!r}")
   orchestrator_port, urls = _addresses(
@@ -178,6 +186,7 @@ def run(
     num_workers=num_workers,
     orchestrator_url=f"http://{host}:{orchestrator_port}",
     server_urls=urls,
+    router=checks.router_shape(pathlib.Path(model_path)) if replay_routed_experts else None,
   )
   if role == "trainer":
     return trainer(shared)

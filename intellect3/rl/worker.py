@@ -76,6 +76,7 @@ def worker(
     pool = client.ServerPool(
       http,
       vocab_size=shared.renderer.vocab_size,
+      router=shared.router,
       max_concurrency=max_concurrency,
       max_wait_seconds=wait_seconds,
       spill=spill_requests,

@@ -70,12 +70,15 @@ class _Branch:
       loss_mask[span] = True
       logprobs[span] = generation.inference_logprobs
       versions[span] = generation.policy_versions
+    # Each turn brings the experts of what was computed since the one before: they join up.
+    experts = [g.routed_experts for _, g in self.sampled if g.routed_experts is not None]
     return Trajectory(
       tokens=np.asarray(self.tokens, np.int32),
       loss_mask=loss_mask,
       inference_logprobs=logprobs,
       policy_versions=versions,
       temperature=temperature,
+      routed_experts=np.concatenate(experts) if experts else None,
     )
 
 

@@ -28,9 +28,10 @@ def _names(names: str) -> list[str]:
 # The last line changes nothing that a caller could see: there is no per-request log and no routing.
 SUPPORTED = frozenset(
   _names("""rid input_ids text sampling_params return_logprob logprob_start_len top_logprobs_num
-  return_text_in_logprobs stream return_routed_experts return_prompt_token_ids extra_key cache_salt
-  log_metrics no_logs routing_key conversation_id custom_labels external_trace_header
-  received_time kv_hints modalities""")
+  return_text_in_logprobs stream return_routed_experts routed_experts_start_len
+  return_prompt_token_ids extra_key cache_salt
+  log_metrics no_logs routing_key conversation_id custom_labels external_trace_header received_time
+  kv_hints modalities""")
 )
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -51,7 +52,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     require_reasoning return_bytes return_entropy background"""),
     (None, False),
   ),
-  "routed_experts_start_len": (None, 0),
   "priority": (None, 0),
 }
 """Fields that SGLang knows and we refuse, with the values that mean "off"."""
@@ -91,6 +91,7 @@ class Wishes:
   logprob_start_len: int | None = None
   top_logprobs_num: int = 0
   return_routed_experts: bool = False
+  routed_experts_start_len: int = 0
   extra_key: str = ""
   stream: bool = False
 
@@ -116,6 +117,7 @@ def parse_generate(fields: dict[str, Any], limits: Limits, text: Text | None) ->
   count = len(prompts)
   each = {name: _spread(name, fields.get(name), count, batched) for name in _PER_PROMPT}
   stream = bool(typed("stream", fields.get("stream"), bool | None))
+  start = typed("routed_experts_start_len", fields.get("routed_experts_start_len"), int | None)
   plans = []
   for index, prompt in enumerate(prompts):
     salt = typed("cache_salt", each["cache_salt"][index], str | None)
@@ -127,6 +129,7 @@ def parse_generate(fields: dict[str, Any], limits: Limits, text: Text | None) ->
       logprob_start_len=typed("logprob_start_len", each["logprob_start_len"][index], int | None),
       top_logprobs_num=typed("top_logprobs_num", each["top_logprobs_num"][index], int | None) or 0,
       return_routed_experts=bool(experts),
+      routed_experts_start_len=start or 0,
       extra_key=key if salt is None else f"{salt}\0{key}",
       stream=stream,
     )
@@ -297,6 +300,11 @@ def _request(
     raise RequestError(
       "return_routed_experts: the server was started without --enable-return-routed-experts."
     )
+  if wishes.return_routed_experts and not 0 <= wishes.routed_experts_start_len <= len(prompt):
+    raise RequestError(
+      f"routed_experts_start_len: expected 0 to the number of input tokens ({len(prompt)}), "
+      f"got {wishes.routed_experts_start_len}."
+    )
   if not 0 <= wishes.top_logprobs_num <= limits.max_top_logprobs:
     raise RequestError(
       f"top_logprobs_num must be in [0, {limits.max_top_logprobs}] (--max-top-logprobs), "
@@ -326,6 +334,7 @@ def _request(
     logprob_start=start if scores else None,
     top_logprobs_num=wishes.top_logprobs_num if logprobs else 0,
     return_routed_experts=wishes.return_routed_experts,
+    routed_experts_start=wishes.routed_experts_start_len,
     extra_key=wishes.extra_key,
     stream=wishes.stream,
     **settled,

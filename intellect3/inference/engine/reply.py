@@ -146,10 +146,11 @@ class Wording:
     return reply
 
   def routed_experts(self, sequence: Generation) -> str:
-    """Base64 of int32 [prompt + output - 1, layers, A]; layers without experts are zeros."""
+    """Base64 of int32 [prompt + output - 1, layers, A], less the tokens before the asked start;
+    layers without experts are zeros."""
     if not sequence.experts:
       return ""
-    moe_TLA = np.concatenate(sequence.experts)
+    moe_TLA = np.concatenate(sequence.experts)[sequence.request.routed_experts_start :]
     tokens, _, active = moe_TLA.shape
     dense_TLA = np.zeros((tokens, self.num_dense_layers, active), np.int32)
     whole_TLA = np.concatenate([dense_TLA, moe_TLA.astype(np.int32, copy=False)], axis=1)

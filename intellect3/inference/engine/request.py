@@ -72,7 +72,8 @@ class Request:
     return_logprob: whether the reply carries logprobs.
     logprob_start: first prompt position to score, or None for none.
     top_logprobs_num: alternatives per scored token, of prompt and output.
-    return_routed_experts: whether the reply carries the experts of every token but the last.
+    return_routed_experts: whether the reply carries the experts of every token but the last,
+    routed_experts_start: from this one on.
     extra_key: prompts share cache only under equal keys.
     stream: whether progress is reported before the end.
     skip_special_tokens: leave special tokens out of `text`.
@@ -98,6 +99,7 @@ class Request:
   logprob_start: int | None = None
   top_logprobs_num: int = 0
   return_routed_experts: bool = False
+  routed_experts_start: int = 0
   extra_key: str = ""
   stream: bool = False
   skip_special_tokens: bool = True
