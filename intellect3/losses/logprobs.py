@@ -1,11 +1,27 @@
-"""Logprobs and entropies of tokens from hidden states, without a `[tokens, vocab]` array.
+"""Logprobs, entropies and most likely tokens from hidden states, without a `[tokens, vocab]` array.
 
 Place in the ring: the train step and the engine's scoring call it with the model's vocabulary head.
 """
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
+
+
+class TokenScores(NamedTuple):
+  """What a vocabulary head says of N tokens.
+
+  Attributes:
+    logprobs_N: float32, of the targets, in nats.
+    entropy_N: float32, of the tempered distribution, in nats.
+    top1_N: int32, the most likely token (the lowest of equals); no gradient flows through it.
+  """
+
+  logprobs_N: jax.Array
+  entropy_N: jax.Array
+  top1_N: jax.Array
 
 
 def chunked_logprobs(
@@ -15,8 +31,8 @@ def chunked_logprobs(
   *,
   temperature_N: jax.Array,
   chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-  """Logprobs of the targets, and entropies, under `softmax(hidden @ head / temperature)`.
+) -> TokenScores:
+  """Scores tokens under `softmax(hidden @ head / temperature)`, in one pass over the vocabulary.
 
   A map over chunks of tokens whose body is checkpointed: the forward and the backward pass hold
   the logits of one chunk at a time. Temperature 0 (greedy) means the unscaled softmax, as servers
@@ -30,8 +46,7 @@ def chunked_logprobs(
     chunk_size: tokens per chunk, >= 1; N need not be a multiple.
 
   Returns:
-    logprobs_N and entropy_N (of the tempered distribution), float32 [N], in nats, differentiable
-    in the hidden states and the head.
+    `TokenScores`; logprobs and entropies are differentiable in the hidden states and the head.
 
   Raises:
     ValueError: where chunk_size < 1 or a dtype is wrong.
@@ -47,7 +62,7 @@ def chunked_logprobs(
     raise ValueError(f"hidden_ND: expected a floating dtype, got {hidden_ND.dtype}")
 
   @jax.checkpoint
-  def chunk(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  def chunk(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> TokenScores:
     hidden_CD, targets_C, temperature_C = inputs
     accumulate = jnp.promote_types(hidden_CD.dtype, jnp.float32)
     logits_CV = jnp.dot(
@@ -62,7 +77,9 @@ def chunked_logprobs(
     known_C = (targets_C >= 0) & (targets_C < logits_CV.shape[1])
     logprobs_C = jnp.where(known_C, chosen_C - normaliser_C, jnp.nan)
     probabilities_CV = jnp.exp(logits_CV - normaliser_C[:, None])
-    return logprobs_C, normaliser_C - jnp.sum(probabilities_CV * logits_CV, axis=1)
+    entropy_C = normaliser_C - jnp.sum(probabilities_CV * logits_CV, axis=1)
+    top1_C = jnp.argmax(jax.lax.stop_gradient(logits_CV), axis=1).astype(jnp.int32)
+    return TokenScores(logprobs_C, entropy_C, top1_C)
 
   count = hidden_ND.shape[0]
   if count <= chunk_size:
@@ -73,5 +90,5 @@ def chunked_logprobs(
     padded = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
     return padded.reshape(-1, chunk_size, *array.shape[1:])
 
-  logprobs, entropy = jax.lax.map(chunk, (split(hidden_ND), split(targets_N), split(temperature_N)))
-  return logprobs.reshape(-1)[:count], entropy.reshape(-1)[:count]
+  scores = jax.lax.map(chunk, (split(hidden_ND), split(targets_N), split(temperature_N)))
+  return jax.tree.map(lambda array: array.reshape(-1)[:count], scores)

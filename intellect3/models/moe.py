@@ -4,6 +4,8 @@ Place in the ring: the second half of every layer after the dense ones. Which ex
 returned, not stored: load statistics and router replay read it.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,14 @@ import jax.numpy as jnp
 from intellect3.kernels import grouped_matmul
 from intellect3.models import layers
 from intellect3.models.config import ModelConfig
+
+
+class Choice(NamedTuple):
+  """Attributes: experts, int32 [..., A]; agreed, bool [...]: whether the own choice was the
+  replayed one, as sets; None where nothing was replayed."""
+
+  experts: jax.Array
+  agreed: jax.Array | None
 
 
 class Router(nn.Module):
@@ -30,7 +40,7 @@ class Router(nn.Module):
   @nn.compact
   def __call__(
     self, x_TD: jax.Array, replayed_TA: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple["Choice", jax.Array]:
     """Scores the experts of every token.
 
     Args:
@@ -39,7 +49,7 @@ class Router(nn.Module):
         entry chooses for itself. The weights are those of the own scores in any case.
 
     Returns:
-      experts_TA int32 and weights_TA float32.
+      The choice, and weights_TA float32.
     """
     config = self.config
     shape = (config.embed_dim, config.num_experts)
@@ -58,13 +68,15 @@ class Router(nn.Module):
       zeros = nn.initializers.zeros_init()
       choice_TE += layers.parameter(self, "correction_bias", zeros, shape[1:], (None,), "float32")
     experts_TA = _choose(config, choice_TE)
+    agreed_T = None
     if replayed_TA is not None:
+      agreed_T = jnp.all(jnp.sort(experts_TA, axis=1) == jnp.sort(replayed_TA, axis=1), axis=1)
       own_T1 = jnp.any(replayed_TA < 0, axis=1, keepdims=True)
       experts_TA = jnp.where(own_T1, experts_TA, replayed_TA)
     weights_TA = jnp.take_along_axis(scores_TE, experts_TA, axis=1)
     if config.norm_topk_prob:
       weights_TA = weights_TA / (jnp.sum(weights_TA, axis=1, keepdims=True) + 1e-20)
-    return experts_TA, weights_TA * config.routed_scaling_factor
+    return Choice(experts_TA, agreed_T), weights_TA * config.routed_scaling_factor
 
 
 def _choose(config: ModelConfig, choice_TE: jax.Array) -> jax.Array:
@@ -121,15 +133,17 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(
     self, x_BTD: jax.Array, replayed_BTA: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns the block's output [B, T, D] and experts_BTA int32; for `replayed` see `Router`."""
+  ) -> tuple[jax.Array, Choice]:
+    """Returns the block's output [B, T, D] and the choice, [B, T, ...]; see `Router`."""
     config = self.config
     x_TD = x_BTD.reshape(-1, config.embed_dim)
     if replayed_BTA is not None:
       replayed_BTA = replayed_BTA.reshape(x_TD.shape[0], -1)
-    experts_TA, weights_TA = Router(config, name="router")(x_TD, replayed_BTA)
-    out_BTD = Experts(config, name="experts")(x_TD, experts_TA, weights_TA).reshape(x_BTD.shape)
+    choice, weights_TA = Router(config, name="router")(x_TD, replayed_BTA)
+    out_TD = Experts(config, name="experts")(x_TD, choice.experts, weights_TA)
+    out_BTD = out_TD.reshape(x_BTD.shape)
     if config.num_shared_experts:
       width = config.num_shared_experts * config.expert_mlp_dim
       out_BTD = out_BTD + layers.MLP(config, width, name="shared")(x_BTD)
-    return out_BTD, experts_TA.reshape(*x_BTD.shape[:2], -1)
+    rows = x_BTD.shape[:2]
+    return out_BTD, jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[1:]), choice)

@@ -18,7 +18,7 @@ from intellect3.models import layers
 from intellect3.models.attention import Attention, Context
 from intellect3.models.cache import KVCache
 from intellect3.models.config import ModelConfig
-from intellect3.models.moe import MoE
+from intellect3.models.moe import Choice, MoE
 
 Params = dict[str, Any]
 
@@ -41,10 +41,13 @@ class RouterStats(NamedTuple):
   Attributes:
     load_LE: float32 [M, E], tokens that chose each expert; padding (segment 0) not counted.
     experts_LBTA: int32 [M, B, T, A], the experts of every token, padding included.
+    agreed_LBT: bool [M, B, T], whether a router's own choice was the replayed one, as sets; None
+      where nothing was replayed.
   """
 
   load_LE: jax.Array
   experts_LBTA: jax.Array
+  agreed_LBT: jax.Array | None
 
 
 class Output(NamedTuple):
@@ -68,20 +71,20 @@ class Layer(nn.Module):
     layer: jax.Array,
     replayed_BTA: jax.Array | None,
     context: Context,
-  ) -> tuple[tuple[jax.Array, KVCache | None], jax.Array | None]:
+  ) -> tuple[tuple[jax.Array, KVCache | None], Choice | None]:
     config = self.config
     x_BTD, cache = carry
     normed_BTD = layers.RMSNorm(config, name="attention_norm")(x_BTD)
     out_BTD, cache = Attention(config, name="attention")(normed_BTD, cache, layer, context)
     x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
     normed_BTD = layers.RMSNorm(config, name="mlp_norm")(x_BTD)
-    experts_BTA = None
+    choice = None
     if self.moe:
-      out_BTD, experts_BTA = MoE(config, name="moe")(normed_BTD, replayed_BTA)
+      out_BTD, choice = MoE(config, name="moe")(normed_BTD, replayed_BTA)
     else:
       out_BTD = layers.MLP(config, config.mlp_dim, name="mlp")(normed_BTD)
     x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
-    return (x_BTD, cache), experts_BTA
+    return (x_BTD, cache), choice
 
 
 class Transformer(nn.Module):
@@ -147,7 +150,7 @@ class Transformer(nn.Module):
     context = Context(positions_BT, segment_ids_BT, angles_BTR, tables_BW)
 
     carry = (x_BTD, cache)
-    experts_LBTA = jnp.zeros((0, *chosen[1:]), jnp.int32)
+    choice = Choice(jnp.zeros((0, *chosen[1:]), jnp.int32), None)
     first_moe = config.num_dense_layers
     for name, moe, start, stop in (
       ("dense_layers", False, 0, first_moe),
@@ -156,12 +159,12 @@ class Transformer(nn.Module):
       if stop > start:
         stack = _scanned(config, stop - start, remat=cache is None)(config, moe=moe, name=name)
         replayed = routed_experts_LBTA if moe else None
-        carry, experts = stack(carry, jnp.arange(start, stop), replayed, context)
-        experts_LBTA = experts if moe else experts_LBTA
+        carry, chosen_by_layer = stack(carry, jnp.arange(start, stop), replayed, context)
+        choice = chosen_by_layer if moe else choice
     x_BTD, cache = carry
     hidden_BTD = layers.RMSNorm(config, name="final_norm")(x_BTD)
-    load_LE = _load(experts_LBTA, segment_ids_BT != 0, config.num_experts)
-    return Output(hidden_BTD, cache, RouterStats(load_LE, experts_LBTA))
+    load_LE = _load(choice.experts, segment_ids_BT != 0, config.num_experts)
+    return Output(hidden_BTD, cache, RouterStats(load_LE, choice.experts, choice.agreed))
 
 
 def _scanned(config: ModelConfig, length: int, *, remat: bool) -> Any:

@@ -40,8 +40,9 @@ def chunked(hidden, head, targets, temperature, chunk_size):
 @pytest.mark.parametrize("chunk_size", [1, 8, 37, 64])
 def test_against_a_full_softmax(chunk_size):
   arrays = inputs()
-  scores, entropy = chunked(*arrays, chunk_size)
+  scores, entropy, top1 = chunked(*arrays, chunk_size)
   wide = [array.astype(np.float64) for array in arrays[:2]]
+  np.testing.assert_array_equal(top1, np.argmax(wide[0] @ wide[1], axis=1))
   expected, expected_entropy = full(*wide, *arrays[2:])
   assert scores.dtype == entropy.dtype == jnp.float32
   np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
@@ -58,7 +59,7 @@ def test_gradients_against_a_full_softmax():
     return jnp.sum(jnp.sin(scores[jnp.arange(N), targets])) + jnp.sum(entropy**2)
 
   def ours(hidden, head):
-    scores, entropy = chunked(hidden, head, targets, temperature, 8)
+    scores, entropy, _ = chunked(hidden, head, targets, temperature, 8)
     return jnp.sum(jnp.sin(scores)) + jnp.sum(entropy**2)
 
   for given, expected in zip(
@@ -71,19 +72,19 @@ def test_bfloat16_states_are_summed_in_float32():
   hidden, head, targets, temperature = inputs()
   half = (jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16))
   rounded = [np.asarray(array, np.float64) for array in half]
-  scores, _ = chunked(*half, targets, temperature, 8)
+  scores, _, _ = chunked(*half, targets, temperature, 8)
   np.testing.assert_allclose(scores, full(*rounded, targets, temperature)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_target_outside_the_vocabulary_is_nan_and_spoils_no_other():
   hidden, head, targets, temperature = inputs()
   targets[3], targets[9] = V, -1
-  scores, _ = chunked(hidden, head, targets, temperature, 8)
+  scores, _, _ = chunked(hidden, head, targets, temperature, 8)
   assert np.flatnonzero(np.isnan(scores)).tolist() == [3, 9]
   kept = jnp.arange(N) != 3
 
   def loss(hidden, head):
-    scores, _ = chunked(hidden, head, targets, temperature, 8)
+    scores, _, _ = chunked(hidden, head, targets, temperature, 8)
     return jnp.sum(jnp.where(kept & (jnp.arange(N) != 9), scores, 0))
 
   assert all(np.all(np.isfinite(g)) for g in jax.grad(loss, (0, 1))(hidden, head))
@@ -93,7 +94,7 @@ def test_no_buffer_of_all_logits():
   tokens, embed, vocab = 2048, 16, 8192
 
   def loss(hidden, head, targets, temperature):
-    scores, entropy = logprobs.chunked_logprobs(
+    scores, entropy, _ = logprobs.chunked_logprobs(
       hidden, head, targets, temperature_N=temperature, chunk_size=64
     )
     return jnp.sum(scores) + jnp.sum(entropy)
@@ -110,6 +111,22 @@ def test_no_buffer_of_all_logits():
     .compile()
   )
   assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 4
+
+
+def test_the_head_of_glm_4_5_air_is_scored_within_700_mib():
+  tokens, embed, vocab = 4096, 256, 151552
+
+  def loss(hidden, head, targets, temperature):
+    scores = logprobs.chunked_logprobs(
+      hidden, head, targets, temperature_N=temperature, chunk_size=256
+    )
+    return jnp.sum(scores.logprobs_N) + jnp.sum(scores.entropy_N), scores.top1_N
+
+  for dtype in (jnp.float32, jnp.bfloat16):
+    shapes = ((tokens, embed), dtype), ((embed, vocab), dtype), ((tokens,), jnp.int32)
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in (*shapes, ((tokens,), jnp.float32))]
+    compiled = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(*arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 700 * 2**20
 
 
 def test_wrong_arguments_are_named():

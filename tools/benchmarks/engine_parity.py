@@ -92,14 +92,14 @@ def _score(config: ModelConfig, params: Any, tokens_BT: np.ndarray) -> np.ndarra
     )
     hidden_ND = output.hidden_BTD[:, :-1].reshape(-1, config.embed_dim)
     targets_N = tokens_BT[:, 1:].reshape(-1)
-    logprobs_N, _ = chunked_logprobs(
+    scores = chunked_logprobs(
       hidden_ND,
       transformer.head(params, config),
       targets_N,
       temperature_N=jnp.ones(targets_N.size, jnp.float32),
       chunk_size=512,
     )
-    return logprobs_N.reshape(tokens_BT.shape[0], -1)
+    return scores.logprobs_N.reshape(tokens_BT.shape[0], -1)
 
   return np.asarray(score(params, tokens_BT))
 

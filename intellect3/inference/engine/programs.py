@@ -189,14 +189,14 @@ def _count(
 
 def _scores(hidden_RTD: jax.Array, head_DV: jax.Array, targets_RT: jax.Array) -> jax.Array:
   """The targets' logprobs at temperature 1."""
-  scores_N, _ = chunked_logprobs(
+  scores = chunked_logprobs(
     hidden_RTD.reshape(-1, hidden_RTD.shape[-1]),
     head_DV,
     targets_RT.reshape(-1),
     temperature_N=jnp.ones(targets_RT.size, jnp.float32),
     chunk_size=SCORE_CHUNK_SIZE,
   )
-  return scores_N.reshape(targets_RT.shape)
+  return scores.logprobs_N.reshape(targets_RT.shape)
 
 
 def _input_top(hidden_RTD: jax.Array, head_DV: jax.Array, count: int, wanted: jax.Array) -> Top:
