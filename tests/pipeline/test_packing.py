@@ -1,13 +1,18 @@
 """Packing keeps every token once, splits nothing, and its sums do not depend on the order."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline_records import record
 
+from intellect3 import types
 from intellect3.pipeline import packing
 
+ROUTER = types.RouterShape(
+  num_layers=4, num_dense_layers=1, num_experts=300, num_experts_per_token=2
+)
 LENGTHS = st.lists(st.integers(3, 16), min_size=1, max_size=40)
 
 
@@ -105,3 +110,70 @@ def test_row_counts_come_from_a_small_set():
 def test_a_first_token_that_is_trained_on_is_refused():
   with pytest.raises(ValueError, match="rollout 0 branch 0"):
     _pack([record(0, 4, prompt=0)], ((0,),), 8)
+
+
+def with_experts(made, *, rows=None, router=ROUTER, dtype=None):
+  """The record with random routed experts, by default of every token but the last."""
+  rows = len(made.trajectory.tokens) - 1 if rows is None else rows
+  shape = (rows, router.num_moe_layers, router.num_experts_per_token)
+  rng = np.random.default_rng(made.rollout_id)
+  experts = rng.integers(0, router.num_experts, shape).astype(dtype or router.dtype)
+  trajectory = msgspec.structs.replace(made.trajectory, routed_experts=experts)
+  return msgspec.structs.replace(made, trajectory=trajectory)
+
+
+def pack_replayed(records, plan, **options):
+  return packing.pack(
+    dict(enumerate(records)),
+    plan,
+    **{"row_length": 8, "row_count": 2, "step": 1, "loss_tokens": 1, "router": ROUTER, **options},
+  )
+
+
+def test_routed_experts_lie_beside_their_tokens_and_the_rest_is_marked():
+  records = [with_experts(record(number, length)) for number, length in enumerate((5, 3, 4))]
+  batch = pack_replayed(records, ((0, 1), (2,)))
+  assert batch.routed_experts.dtype == np.uint16 and batch.routed_experts.shape == (2, 8, 3, 2)
+  assert batch.experts_recorded.astype(int).tolist() == [
+    [1, 1, 1, 1, 0, 1, 1, 0],
+    [1, 1, 1, 0, 0, 0, 0, 0],
+  ]
+  for number, (row, start) in enumerate(((0, 0), (0, 5), (1, 0))):
+    experts = records[number].trajectory.routed_experts
+    np.testing.assert_array_equal(batch.routed_experts[row, start : start + len(experts)], experts)
+  assert not batch.routed_experts[~batch.experts_recorded].any()
+
+
+def test_without_replay_there_is_no_array():
+  batch = pack_replayed([with_experts(record(0, 5))], ((0,),), router=None)
+  assert batch.routed_experts is None and batch.experts_recorded is None
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    (lambda made: made, r"\[4, 3 MoE layers, 2 experts per token\] to replay, got none"),
+    (lambda made: with_experts(made, rows=3), r"got \[3, 3, 2\]"),
+    (
+      lambda made: with_experts(
+        made, router=msgspec.structs.replace(ROUTER, num_layers=3, num_experts=9)
+      ),
+      r"got \[4, 2, 2\]",
+    ),
+    (
+      lambda made: with_experts(
+        made, router=msgspec.structs.replace(ROUTER, num_experts_per_token=1)
+      ),
+      r"got \[4, 3, 1\]",
+    ),
+    (
+      lambda made: with_experts(made, router=msgspec.structs.replace(ROUTER, num_experts=60_000)),
+      "experts below 300",
+    ),
+    (lambda made: with_experts(made, dtype=np.int32), "expected uint8 or uint16"),
+    (lambda made: with_experts(made, rows=6), "at most 5"),
+  ],
+)
+def test_experts_that_cannot_be_replayed_are_refused(change, named):
+  with pytest.raises(ValueError, match=f"rollout 0 branch 0: Trajectory.routed_experts.*{named}"):
+    pack_replayed([change(record(0, 5))], ((0,),))

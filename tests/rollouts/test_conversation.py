@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -284,3 +285,29 @@ def test_what_is_recorded_is_what_was_sent_and_sampled(turns):
   for asked in pool.asked:  # every prompt is a prefix of the trajectory
     assert trajectory.tokens[: len(asked["prompt"])].tolist() == asked["prompt"]
   assert np.all((trajectory.policy_versions >= 0) == trajectory.loss_mask)
+
+
+def test_turns_join_their_routed_experts():
+  """The second turn brings those of the sampled token that the first left, and what follows."""
+
+  class Telling(ScriptedPool):
+    async def generate(self, prompt_ids, **options):
+      generation = await super().generate(prompt_ids, **options)
+      first = options["known_tokens"]
+      positions = np.arange(first, len(prompt_ids) + len(generation.tokens) - 1)
+      return msgspec.structs.replace(
+        generation, routed_experts=positions.astype(np.uint8).reshape(-1, 1, 1)
+      )
+
+  async def run():
+    conversation = converse(Telling([98, 256], [99, 256], [97, 256]))
+    await conversation.send([user("ab")])
+    await conversation.send([user("cd")])
+    await conversation.send([user("ef")], tools=[])
+    return conversation
+
+  extended, begun_anew = asyncio.run(run()).trajectories()
+  for trajectory in (extended, begun_anew):
+    trajectory.check()
+    length = len(trajectory.tokens)
+    assert trajectory.routed_experts[:, 0, 0].tolist() == list(range(length - 1))
