@@ -55,6 +55,11 @@ def build(settings: Settings) -> Parts:
     ValueError: the model directory or a flag is wrong; the message names which.
   """
   config, params = devices.load(settings.model, dtype=settings.dtype)
+  if settings.enable_return_routed_experts and not config.num_moe_layers:
+    raise ValueError(
+      f"enable_return_routed_experts: expected a model with experts, got {config.family} with "
+      f"{config.num_dense_layers} dense layers of {config.num_layers}"
+    )
   context = settings.context_length or config.max_positions
   pages = Pages(_num_pages(settings, config, context), settings.page_size)
   eos = devices.eos_token_ids(settings.model)

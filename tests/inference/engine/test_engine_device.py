@@ -17,6 +17,7 @@ from intellect3.inference.engine.control import MEMORY_TAGS
 from intellect3.inference.engine.device import Device
 from intellect3.inference.engine.programs import Shape
 from intellect3.inference.engine.steps import MAX_STOP_IDS
+from intellect3.models import presets
 from tests.models import helpers
 
 CONFIG = helpers.small()
@@ -31,12 +32,10 @@ def house(**more):
   return formula.batcher(**{**sizes, "context": CONTEXT, **more})
 
 
-@pytest.fixture(scope="module")
-def device():
-  """Compiled once; tests leave it with PARAMS and whatever cache."""
+def make_device(config, params):
   made = Device(
-    CONFIG,
-    PARAMS,
+    config,
+    params,
     slots=SLOTS,
     pages=PAGES,
     page_size=PAGE,
@@ -45,6 +44,12 @@ def device():
   )
   made.warm_up(*house().padding())
   return made
+
+
+@pytest.fixture(scope="module")
+def device():
+  """Compiled once; tests leave it with PARAMS and whatever cache."""
+  return make_device(CONFIG, PARAMS)
 
 
 def serve(device, arrivals, rooms=None, events=()):
@@ -99,6 +104,17 @@ def test_what_is_told_is_what_the_trainer_computes(device, deterministic):
   greedy = served["greedy"]
   logits, _ = TRAINER.logits(greedy.tokens[:-1])
   assert greedy.output_ids == logits[2:].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize(
+  "family", [presets.tiny_qwen3, pytest.param(presets.tiny_qwen3_moe, marks=pytest.mark.slow)]
+)
+def test_other_families_are_told_as_the_trainer_computes_them(family):
+  config = family(vocab_size=CONFIG.vocab_size, embed_dim=32)
+  params = helpers.random_params(config)
+  trainer = Trainer(config, params)
+  for who in serve(make_device(config, params), mixed_arrivals(), house()).values():
+    trainer.check(who)
 
 
 def test_with_too_little_memory_the_same_tokens_come(device):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from engine_http import random_params, serving
 
+from intellect3.inference.engine import flags, server
 from intellect3.models import hf, presets, transformer
 from intellect3.models.config import ModelConfig
 
@@ -128,15 +129,21 @@ def test_requests_without_a_seed_differ(client):
   assert len({tuple(ids) for ids in replies}) == 3
 
 
+def three_running(served):
+  futures = [
+    served.later(PROMPT, sampling=LONG | {"max_new_tokens": 120}, return_logprob=True)
+    for _ in range(3)
+  ]
+  served.wait_until(
+    lambda state: state["running_requests"] == 3 or any(future.done() for future in futures)
+  )
+  return futures
+
+
 def paused_in_flight(served, mode):
   """Three requests that a pause caught half done; on a busy machine not at the first attempt."""
   for _ in range(20):
-    futures = [
-      served.later(PROMPT, sampling=LONG | {"max_new_tokens": 120}, return_logprob=True)
-      for _ in range(3)
-    ]
-    running = lambda state: state["running_requests"] == 3  # noqa: E731
-    served.wait_until(lambda state: running(state) or any(future.done() for future in futures))
+    futures = three_running(served)
     assert served.post("/pause_generation", mode=mode)[0] == 200
     if not any(future.done() for future in futures):
       return futures
@@ -329,3 +336,11 @@ def test_eos_of_the_model_and_bfloat16(tmp_path):
   for reply in stopped:
     assert reply["output_ids"][-1] in (3, 4)
     assert not {3, 4} & set(reply["output_ids"][:-1])
+
+
+def test_a_dense_model_has_no_routed_experts_to_return(tmp_path):
+  config = presets.tiny_qwen3()
+  hf.save(tmp_path, config, random_params(config, 0))
+  settings = flags.parse(["--model", str(tmp_path), "--enable-return-routed-experts"])
+  with pytest.raises(ValueError, match="enable_return_routed_experts: .* got qwen3 with 2 dense"):
+    server.build(settings)
