@@ -20,11 +20,12 @@ from intellect3 import rollout_log, telemetry, types
 from intellect3.models import hf
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement, rollout_source
+from intellect3.rl import checks
 from intellect3.rl.publisher import Publisher
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding import rules
-from intellect3.training import checkpoint, flops, layout, step
+from intellect3.training import checkpoint, flops, layout, router_bias, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
 from intellect3.weights import publish
@@ -41,6 +42,7 @@ def trainer(
   micro_rows: int,
   row_counts: Sequence[int] | None = None,
   head_chunk_size: int = 1024,
+  router_bias_rate: float = 0.0,
   mesh: Mapping[str, int] | None = None,
   model_options: Mapping[str, Any] | None = None,
   weights_dtype: str | None = None,
@@ -62,6 +64,8 @@ def trainer(
     row_counts: numbers of rows that a step may be padded to; by default powers of two times
       `micro_rows`.
     head_chunk_size: tokens per chunk of the vocabulary head.
+    router_bias_rate: step of the routers' correction bias against an uneven load of the experts
+      (`training.router_bias`; DeepSeek-V3 took 0.001); 0 leaves the bias frozen.
     mesh: sizes of the mesh axes (`data`, `fsdp`, `expert`, `context`, `tensor`); all devices on
       `fsdp` by default.
     model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
@@ -104,6 +108,8 @@ def trainer(
     raise NotStarted(f"trainer.mesh: expected axes of {mesh_lib.AXES}, got {sorted(unknown)}")
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)  # for its checks
   checked = hf.check(shared.model_path, **(model_options or {}))
+  checks.number("trainer.router_bias_rate", router_bias_rate, 0)
+  router_bias.check(checked, router_bias_rate)
   if shared.renderer.vocab_size > checked.vocab_size:
     raise NotStarted(
       f"renderer: expected at most the model's {checked.vocab_size} ids, "
@@ -130,6 +136,7 @@ def trainer(
             row_length=row_length,
             micro_rows=micro_rows,
             row_counts=row_counts,
+            router=shared.router,
             stop=stop,
             wait=_wait_for_manifest(shared),
           )
@@ -162,7 +169,12 @@ def trainer(
       publisher.publish(state)
       train_step = layout.compile_step(
         step.make_train_step(
-          config, loss_fn, optimizer, micro_rows=micro_rows, head_chunk_size=head_chunk_size
+          config,
+          loss_fn,
+          optimizer,
+          micro_rows=micro_rows,
+          head_chunk_size=head_chunk_size,
+          router_bias_rate=router_bias_rate,
         ),
         shardings,
         device_mesh,

@@ -18,16 +18,22 @@ class Scores(NamedTuple):
     logprobs: float32[B, T]; `logprobs[t]` scores `tokens[t]`; 0.0 where `scored` is False.
     entropy: float32[B, T], of the distribution that `tokens[t]` was scored under, in nats; 0.0
       where `scored` is False.
+    top1: int32[B, T], the token that the model thought most likely in the place of `tokens[t]`; -1
+      where `scored` is False.
     scored: bool[B, T], False in padding and on the first token of each segment, which nothing
       predicts.
-    expert_load_LE: float32[moe layers, experts], tokens routed to each expert; no layers in a
-      dense model.
+    expert_load_LE: float32[moe layers, experts], tokens of any segment that each expert computed,
+      prompts included and padding not; no layers in a dense model.
+    agreed: float32[], the recorded (token, layer) pairs whose own choice of experts is the replayed
+      one, as sets; 0 without replay.
   """
 
   logprobs: jax.Array
   entropy: jax.Array
+  top1: jax.Array
   scored: jax.Array
   expert_load_LE: jax.Array
+  agreed: jax.Array
 
 
 def score(
@@ -39,6 +45,8 @@ def score(
   temperature: jax.Array,
   *,
   head_chunk_size: int,
+  routed_experts: jax.Array | None = None,
+  experts_recorded: jax.Array | None = None,
 ) -> Scores:
   """Scores every token of a packed batch under the model.
 
@@ -53,16 +61,25 @@ def score(
     segment_ids: int32[B, T], 0 in padding.
     temperature: float32[B, T], the temperature that each token was sampled with.
     head_chunk_size: tokens per chunk of the vocabulary head.
+    routed_experts: unsigned[B, T, moe layers, A], experts to take instead of the routers' choice
+      (their weights are the model's own); None: the routers choose.
+    experts_recorded: bool[B, T], the tokens for which they are taken; the others choose themselves.
 
   Returns:
     The scores, differentiable in the parameters.
   """
   model = transformer.Transformer(config)
-  output: Any = model.apply({"params": params}, tokens, positions, segment_ids)
+  replayed_LBTA = None
+  if routed_experts is not None and experts_recorded is not None:
+    experts_LBTA = jnp.moveaxis(routed_experts, 2, 0).astype(jnp.int32)
+    replayed_LBTA = jnp.where(experts_recorded[None, :, :, None], experts_LBTA, -1)
+  output: Any = model.apply(
+    {"params": params}, tokens, positions, segment_ids, routed_experts_LBTA=replayed_LBTA
+  )
   hidden_ND = output.hidden_BTD.reshape(-1, output.hidden_BTD.shape[-1])
   # The last column has no target; any id does, its result is cut off.
   targets = jnp.roll(tokens, -1, axis=1)
-  logprobs_N, entropy_N = chunked_logprobs(
+  told = chunked_logprobs(
     hidden_ND,
     transformer.head(params, config),
     targets.reshape(-1),
@@ -71,12 +88,24 @@ def score(
   )
   same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
   scored = jnp.pad(same, ((0, 0), (1, 0)))
+
+  def told_of(values_N: jax.Array, otherwise: float) -> jax.Array:
+    return jnp.where(scored, jnp.roll(values_N.reshape(tokens.shape), 1, axis=1), otherwise)
+
   return Scores(
-    logprobs=jnp.where(scored, jnp.roll(logprobs_N.reshape(tokens.shape), 1, axis=1), 0.0),
-    entropy=jnp.where(scored, jnp.roll(entropy_N.reshape(tokens.shape), 1, axis=1), 0.0),
+    logprobs=told_of(told.logprobs_N, 0.0),
+    entropy=told_of(told.entropy_N, 0.0),
+    top1=told_of(told.top1_N, -1),
     scored=scored,
     expert_load_LE=output.router.load_LE,
+    agreed=_agreed(output.router, experts_recorded),
   )
+
+
+def _agreed(router: Any, recorded: jax.Array | None) -> jax.Array:
+  if recorded is None:
+    return jnp.zeros((), jnp.float32)
+  return jnp.sum(router.agreed_LBT & recorded, dtype=jnp.float32)
 
 
 def make_logprob_fn(

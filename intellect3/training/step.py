@@ -15,14 +15,15 @@ import optax
 
 from intellect3.models.config import ModelConfig
 from intellect3.training import optimizer as optimizers
-from intellect3.training import scoring
+from intellect3.training import router_bias, scoring
 from intellect3.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 class PackedBatch(Protocol):
-  """The fields of `pipeline.packing.Batch` that a step reads; `[rows, length]` but the last."""
+  """The fields of `pipeline.packing.Batch` that a step reads; `[rows, length, ..]` but
+  `loss_tokens`, the last two None where the routers choose for themselves."""
 
   tokens: Any
   loss_mask: Any
@@ -32,6 +33,8 @@ class PackedBatch(Protocol):
   segment_ids: Any
   positions: Any
   loss_tokens: Any
+  routed_experts: Any
+  experts_recorded: Any
 
 
 class Loss(Protocol):
@@ -60,6 +63,7 @@ _ROW_FIELDS = (
   "segment_ids",
   "positions",
 )
+_REPLAY_FIELDS = ("routed_experts", "experts_recorded")
 
 
 def supervised(loss_fn: Callable[..., tuple[jax.Array, Metrics]]) -> Loss:
@@ -87,6 +91,7 @@ def make_train_step(
   *,
   micro_rows: int,
   head_chunk_size: int,
+  router_bias_rate: float = 0.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """Makes the train step.
 
@@ -96,17 +101,21 @@ def make_train_step(
     optimizer: see `training.optimizer`.
     micro_rows: rows per micro-batch; the batch's rows must be a multiple of it.
     head_chunk_size: tokens per chunk of the vocabulary head.
+    router_bias_rate: of `router_bias.update`, after the optimizer's; 0 leaves the bias frozen.
 
   Returns:
     (state, batch) -> (state, metrics), to be jitted by the caller with the state donated. Metrics
     are float32 scalars: `loss`, the loss function's own, `entropy` (mean over loss-masked tokens,
     nats), `grad_norm` (before clipping), `learning_rate`, and in a mixture of experts
     `max_violation` (over the layers' max(load) / mean(load) - 1) beside the arrays
-    `max_violation_L` and `expert_load_LE` (tokens).
+    `max_violation_L` and `expert_load_LE` (tokens), and `router_agreement` where the batch replays
+    routed experts (share of the recorded tokens and layers whose own choice is the same set).
 
   Raises:
-    ValueError: rows that are no multiple of `micro_rows`, when traced.
+    ValueError: a bias rate that is not fit for the model; rows that are no multiple of
+      `micro_rows`, or experts to replay in a model without, when traced.
   """
+  router_bias.check(model_config, router_bias_rate)
   gradients = make_gradient_fn(
     model_config, loss_fn, micro_rows=micro_rows, head_chunk_size=head_chunk_size
   )
@@ -117,6 +126,8 @@ def make_train_step(
     metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if router_bias_rate:
+      params = router_bias.update(params, metrics["expert_load_LE"], router_bias_rate)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
@@ -149,6 +160,8 @@ def make_gradient_fn(
       rows["segment_ids"],
       rows["temperature"],
       head_chunk_size=head_chunk_size,
+      routed_experts=rows.get("routed_experts"),
+      experts_recorded=rows.get("experts_recorded"),
     )
     mask = rows["loss_mask"] & scores.scored
     loss, metrics = loss_fn(
@@ -164,10 +177,16 @@ def make_gradient_fn(
     sums["entropy"] = jnp.sum(jnp.where(mask, scores.entropy, 0.0)) / denominator
     if scores.expert_load_LE.size:
       sums["expert_load_LE"] = scores.expert_load_LE
+    if "routed_experts" in rows:
+      sums["router_agreement"] = scores.agreed
     return loss, jax.lax.stop_gradient(sums)
 
   def gradient_fn(params: Any, batch: PackedBatch) -> tuple[Any, Metrics]:
-    micro = {name: _split(getattr(batch, name), micro_rows) for name in _ROW_FIELDS}
+    replayed = batch.routed_experts is not None
+    if replayed and not model_config.num_moe_layers:
+      raise ValueError("routed_experts: expected None for a model without experts, got an array")
+    fields = _ROW_FIELDS + (_REPLAY_FIELDS if replayed else ())
+    micro = {name: _split(getattr(batch, name), micro_rows) for name in fields}
     denominator = batch.loss_tokens.astype(jnp.float32)
     gradient = jax.grad(micro_loss, has_aux=True)
     first = {name: array[0] for name, array in micro.items()}
@@ -184,18 +203,21 @@ def make_gradient_fn(
       mean_L = jnp.maximum(load_LE.mean(axis=1), 1e-9)
       metrics["max_violation_L"] = load_LE.max(axis=1) / mean_L - 1.0
       metrics["max_violation"] = metrics["max_violation_L"].max()
+    if replayed:
+      pairs = jnp.sum(batch.experts_recorded, dtype=jnp.float32) * model_config.num_moe_layers
+      metrics["router_agreement"] = metrics["router_agreement"] / jnp.maximum(pairs, 1.0)
     return grads, metrics
 
   return gradient_fn
 
 
 def _split(array: jax.Array, micro_rows: int) -> jax.Array:
-  """[rows, T] -> [micro-batches, micro_rows, T].
+  """[rows, T, ..] -> [micro-batches, micro_rows, T, ..].
 
   Micro-batch i takes rows i, i + n, i + 2n, ...: where the rows lie in blocks over devices, every
   device then holds its share of every micro-batch, and nothing has to move.
   """
-  rows, length = array.shape
+  rows, *rest = array.shape
   if rows % micro_rows:
     raise ValueError(f"rows: expected a multiple of micro_rows = {micro_rows}, got {rows}")
-  return array.reshape(micro_rows, rows // micro_rows, length).swapaxes(0, 1)
+  return array.reshape(micro_rows, rows // micro_rows, *rest).swapaxes(0, 1)

@@ -132,7 +132,7 @@ def test_what_an_earlier_process_had_comes_with_its_experts():
 
 def test_a_server_that_tells_none_fails_the_generation_by_name():
   pool = make_pool(FakeTransport(a=FakeServer()), router=ROUTER)
-  with pytest.raises(routed_experts.RoutedExpertsMissing, match="a: routed_experts: .*got none"):
+  with pytest.raises(routed_experts.RoutedExpertsMissing, match=r"a: routed_experts: .*got none"):
     run_virtual(generate(pool))
 
 
