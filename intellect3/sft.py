@@ -277,7 +277,7 @@ def _export(
   tokenizer_from: str | os.PathLike[str] | None,
   write_tokenizer: Callable[[pathlib.Path], None] | None,
 ) -> None:
-  hf.save(directory, config, jax.device_get(params), tokenizer_from=tokenizer_from)
+  hf.save(directory, config, params, source=tokenizer_from)
   if write_tokenizer is not None:
     write_tokenizer(directory)
 

@@ -8,16 +8,15 @@ its whole directory: one that is being written has another name and is invisible
 """
 
 import concurrent.futures
-import json
 import os
 import pathlib
 import re
-import struct
 import zlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO
 
 import msgspec
+
+from intellect3.models.stored.formats import read_header
 
 MANIFEST = "manifest.json"
 WEIGHTS_SCHEMA = 1
@@ -155,24 +154,6 @@ def tensor_fingerprints(path: str | os.PathLike[str]) -> dict[str, int]:
         rest -= len(block)
       fingerprints[name] = crc
   return fingerprints
-
-
-def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-  """A safetensors file's tensor entries, and the offset of its first tensor's bytes.
-
-  Raises:
-    ValueError: the file is no safetensors file.
-  """
-  prefix = file.read(8)
-  size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-  if not 0 < size <= 100_000_000:
-    raise ValueError(f"{file.name}: expected a safetensors header, got {size} bytes of it")
-  try:
-    header = json.loads(file.read(size))
-  except ValueError as error:
-    raise ValueError(f"{file.name}: the safetensors header is not JSON") from error
-  header.pop("__metadata__", None)
-  return header, 8 + size
 
 
 def _parse(path: pathlib.Path) -> WeightsManifest:

@@ -3,24 +3,20 @@
 Between the train step and the inference servers. Whoever sees `v_000001` sees all of it.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
 import msgspec
-import numpy as np
 
 from intellect3.models import config as model_configs
-from intellect3.models import hf
+from intellect3.models.hf import companions, write
+from intellect3.models.stored import shards
 from intellect3.weights import manifest as manifests
-from intellect3.weights import shards
 
 SHARD_BYTES = 2 << 30
 THREADS = 8
@@ -54,7 +50,8 @@ def publish(
     keep: how many versions to keep, this one included, at least 1.
     dtype: of the stored tensors; None keeps each as it is. The router's correction bias stays
       float32.
-    tokenizer_from: a model directory whose tokenizer files are copied along.
+    tokenizer_from: the checkpoint directory that the model came from: its tokenizer files are
+      copied along, and what its `config.json` holds that our config does not say.
     shard_bytes: most bytes of a file of more than one tensor.
     threads: files written at a time.
 
@@ -79,9 +76,12 @@ def publish(
   try:
     aside.mkdir()
     written = shards.write(
-      aside, _tensors(config, params, dtype), shard_bytes=shard_bytes, threads=threads
+      aside, write.tensors(config, params, dtype), shard_bytes=shard_bytes, threads=threads
     )
-    _write_config(aside, config, dtype, params, tokenizer_from)
+    stored = dtype or str(params["embedding"].dtype)
+    companions.write_config(aside, config, stored, tokenizer_from, extra_layers=0)
+    if tokenizer_from is not None:
+      companions.copy_files(tokenizer_from, aside)
     _write_manifest(aside, version, canary_ids, canary_logprobs, written)
     for path in aside.iterdir():
       if path.suffix != ".safetensors":  # those are on disk already
@@ -114,30 +114,6 @@ def _remove(root: pathlib.Path, versions: Sequence[int]) -> None:
     os.rename(manifests.version_directory(root, version), gone)
   for left in root.glob(f"{_ASIDE}*"):
     shutil.rmtree(left)
-
-
-def _tensors(
-  config: model_configs.ModelConfig, params: Any, dtype: str | None
-) -> Iterator[tuple[str, np.ndarray]]:
-  for name, tensor in hf.to_hf(config, params):
-    keep = dtype is None or name.endswith("e_score_correction_bias")
-    yield name, tensor if keep else tensor.astype(dtype)
-
-
-def _write_config(
-  directory: pathlib.Path,
-  config: model_configs.ModelConfig,
-  dtype: str | None,
-  params: Any,
-  tokenizer_from: str | os.PathLike[str] | None,
-) -> None:
-  stored = dtype if dtype is not None else str(params["embedding"].dtype)
-  values = dataclasses.replace(config, param_dtype=stored).to_hf()
-  (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-  for name in hf.TOKENIZER_FILES if tokenizer_from is not None else ():
-    source = pathlib.Path(tokenizer_from or "") / name
-    if source.is_file():
-      shutil.copyfile(source, directory / name)
 
 
 def _write_manifest(

@@ -1,16 +1,16 @@
 """Checkpoints out and in: bitwise, sharded, and what a broken one says."""
 
-import dataclasses
 import json
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+import safetensors
 
 from intellect3.models import hf, presets
 from intellect3.models.config import ModelConfig
+from intellect3.models.hf import companions, names, write
 from tests.models import helpers
 
 CONFIG = helpers.small()
@@ -29,24 +29,42 @@ def assert_same(given, expected):
   jax.tree.map(check, given, expected)
 
 
-def rewrite(directory, change):
-  """Loads the tensors of a checkpoint, changes the dict in place and writes them back."""
-  tensors = safetensors.numpy.load_file(directory / "model.safetensors")
-  change(tensors)
-  safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+FAMILIES = {
+  "glm": CONFIG,
+  "glm_tied": helpers.small(
+    tie_embeddings=True, qk_norm=True, attention_bias=False, num_shared_experts=0
+  ),
+  "qwen3": presets.tiny_qwen3(embed_dim=32, mlp_dim=48, vocab_size=97, tie_embeddings=False),
+  "qwen3_tied": presets.tiny_qwen3(embed_dim=32, mlp_dim=48, vocab_size=97, tie_embeddings=True),
+  "qwen3_moe": presets.tiny_qwen3_moe(embed_dim=32, mlp_dim=48, vocab_size=97),
+}
 
 
-@pytest.mark.parametrize(
-  "changes",
-  [{}, {"tie_embeddings": True, "qk_norm": True, "attention_bias": False, "num_shared_experts": 0}],
-)
-def test_round_trip_is_bitwise(tmp_path, changes):
-  config = dataclasses.replace(CONFIG, **changes)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
+def test_round_trip_is_bitwise(tmp_path, family, shard_bytes):
+  config = FAMILIES[family]
   params = helpers.random_params(config)
-  hf.save(tmp_path, config, params)
+  hf.save(tmp_path, config, params, shard_bytes=shard_bytes, threads=2)
+  files = list(tmp_path.glob("*.safetensors"))
+  assert (len(files) > 2) == (shard_bytes == 20_000)
   loaded, again = hf.load(tmp_path, remat_policy=config.remat_policy)
   assert loaded == config
   assert_same(again, params)
+  assert set(dict(hf.to_hf(config, params))) == {slot.name for slot in names.slots(config)}
+  # And out again: the same bytes, file by file.
+  hf.save(tmp_path / "again", loaded, again, shard_bytes=shard_bytes, threads=1)
+  for file in files:
+    assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_device_arrays_are_saved_as_host_arrays_are(tmp_path, params, monkeypatch):
+  on_device = jax.tree.map(jax.numpy.asarray, params)
+  hf.save(tmp_path / "whole", CONFIG, on_device)
+  monkeypatch.setattr(write, "_FETCH_BYTES", 1000)  # most leaves leave tensor by tensor
+  hf.save(tmp_path / "parts", CONFIG, on_device)
+  for part in ("whole", "parts"):
+    assert_same(hf.load(tmp_path / part)[1], params)
 
 
 def test_bfloat16_out_and_in(tmp_path, params):
@@ -80,104 +98,78 @@ def test_tensors_have_the_layout_of_linear_layers(params):
     dict(hf.to_hf(CONFIG, {**params, "embedding": params["embedding"][1:]}))
 
 
-def test_metadata_and_tokenizer_files(tmp_path, params):
-  source, out = tmp_path / "source", tmp_path / "out"
-  source.mkdir()
-  for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"):
-    (source / name).write_text(name)
-  hf.save(out, CONFIG, params, tokenizer_from=source)
+TRAVELLERS = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "merges.txt")
+
+
+def source_directory(directory, **config):
+  """A checkpoint directory without tensors: what travels along, and a config with more in it."""
+  directory.mkdir()
+  for name in (*TRAVELLERS, "README.md"):
+    (directory / name).write_text(name)
+  more = {"eos_token_id": [5, 6], "pad_token_id": 5, "torch_dtype": "bfloat16", "a_flag": True}
+  (directory / "config.json").write_text(json.dumps({**CONFIG.to_hf(), **more, **config}))
+  return directory
+
+
+def test_what_travels_along(tmp_path, params):
+  source = source_directory(tmp_path / "source")
+  out = tmp_path / "out"
+  hf.save(out, CONFIG, params, source=source)
   with safetensors.safe_open(out / "model.safetensors", "np") as file:
     assert file.metadata() == {"format": "pt"}
-  assert (out / "tokenizer.json").read_text() == "tokenizer.json"
-  assert (out / "chat_template.jinja").is_file() and (out / "generation_config.json").is_file()
-  assert json.loads((out / "config.json").read_text())["model_type"] == "glm4_moe"
-  with pytest.raises(ValueError, match="tokenizer_from: expected a directory"):
-    hf.save(out, CONFIG, params, tokenizer_from=tmp_path / "nowhere")
+  for name in TRAVELLERS:
+    assert (out / name).read_text() == name
+  assert not (out / "README.md").exists()
+  config = json.loads((out / "config.json").read_text())
+  assert config["eos_token_id"] == [5, 6] and config["pad_token_id"] == 5 and config["a_flag"]
+  # Said of the tensors that are there, not of those of the source.
+  assert config["dtype"] == "float32" and "torch_dtype" not in config
+  assert config["num_nextn_predict_layers"] == 0
+  assert hf.load(out, remat_policy=CONFIG.remat_policy)[0] == CONFIG
 
 
-def shard(directory):
-  tensors = safetensors.numpy.load_file(directory / "model.safetensors")
-  (directory / "model.safetensors").unlink()
-  weight_map = {}
-  for index, names in enumerate(np.array_split(sorted(tensors), 3)):
-    file = f"model-{index + 1:05}-of-00003.safetensors"
-    safetensors.numpy.save_file({name: tensors[name] for name in names}, directory / file)
-    weight_map |= dict.fromkeys(names.tolist(), file)
-  index = directory / "model.safetensors.index.json"
-  index.write_text(json.dumps({"weight_map": weight_map}))
-  return weight_map
-
-
-def test_sharded_checkpoints(tmp_path, params):
-  hf.save(tmp_path, CONFIG, params)
-  weight_map = shard(tmp_path)
-  assert_same(hf.load(tmp_path)[1], params)
-  (tmp_path / weight_map["lm_head.weight"]).unlink()
-  with pytest.raises(ValueError, match=r"model-00001-of-00003.safetensors: no readable"):
-    hf.load(tmp_path)
-
-
-def test_mtp_layers_are_ignored_and_a_tied_head_too(tmp_path, params):
-  hf.save(tmp_path, CONFIG, params)
-  extra = np.ones(3, np.float32)
-  rewrite(tmp_path, lambda t: t.update({"model.layers.3.eh_proj.weight": extra}))
-  assert_same(hf.load(tmp_path)[1], params)
-  rewrite(tmp_path, lambda t: t.update({"model.layers.2.eh_proj.weight": extra}))
-  with pytest.raises(ValueError, match=r"unexpected: model.layers.2.eh_proj.weight"):
-    hf.load(tmp_path)
-
-
-def test_every_wrong_tensor_is_listed_in_one_error(tmp_path, params):
-  hf.save(tmp_path, CONFIG, params)
-
-  def spoil(tensors):
-    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.experts.4.up_proj.weight"]
-    tensors["model.layers.0.self_attn.rotary.weight"] = np.ones(2, np.float32)
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.copy()
-
-  rewrite(tmp_path, spoil)
-  with pytest.raises(ValueError) as error:
-    hf.load(tmp_path)
-  lines = str(error.value).splitlines()
-  assert str(tmp_path) in lines[0]
-  assert sorted(line.strip() for line in lines[1:]) == [
-    "misshapen: lm_head.weight: expected [97, 32], got [32, 97]",
-    "missing: model.layers.1.mlp.experts.4.up_proj.weight",
-    "missing: model.norm.weight",
-    "unexpected: model.layers.0.self_attn.rotary.weight",
-  ]
-
-
-def test_broken_directories_say_what_is_wrong(tmp_path, params):
-  with pytest.raises(ValueError, match=r"config.json: cannot be read: No such file"):
-    hf.load(tmp_path)
-  hf.save(tmp_path, CONFIG, params)
-  config_file, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-  config, data = json.loads(config_file.read_text()), weights.read_bytes()
-
-  weights.write_bytes(data[:-100])
-  with pytest.raises(ValueError, match=r"model.safetensors: no readable safetensors file"):
-    hf.load(tmp_path)
-  weights.unlink()
-  with pytest.raises(ValueError, match=r"expected model.safetensors or .* found neither"):
-    hf.load(tmp_path)
-  weights.write_bytes(data)
-
-  for text, message in (
-    ("{", "no valid JSON"),
-    ("[]", "expected a JSON object, got list"),
-    (json.dumps({**config, "model_type": "llama"}), "model_type: expected one of .*'llama'"),
-    (json.dumps({**config, "hidden_act": "gelu"}), "hidden_act: expected 'silu', got 'gelu'"),
-    (json.dumps({**config, "n_group": 3}), "num_expert_groups: expected a divisor"),
-    (json.dumps({**config, "num_attention_heads": 3}), "num_heads: expected a multiple of"),
-    (json.dumps({**config, "vocab_size": "many"}), "vocab_size"),
-    (json.dumps({**config, "hidden_size": None}), "config.json: .*'hidden_size'"),
+def test_a_source_must_be_of_the_same_model(tmp_path, params):
+  source = source_directory(tmp_path / "source", mlp_only_layers=[0])
+  hf.save(tmp_path / "out", CONFIG, params, source=source)  # what no field of ours is read from
+  qwen3 = FAMILIES["qwen3"]
+  other = source_directory(
+    tmp_path / "other", sliding_window=None, layer_types=["sliding_attention"]
+  )
+  with pytest.raises(ValueError, match="layer_types"):
+    hf.save(tmp_path / "out", qwen3, helpers.random_params(qwen3), source=other)
+  for options, message in (
+    ({"source": tmp_path / "nowhere"}, "source: expected a directory"),
+    ({"extras": "all"}, "extras: expected one of .*'all'"),
+    ({"extras": "keep"}, "extras: expected a source"),
   ):
-    config_file.write_text(text)
     with pytest.raises(ValueError, match=message):
-      hf.load(tmp_path)
-  config_file.write_text(json.dumps(config))
-  assert_same(hf.load(tmp_path)[1], params)
+      hf.save(tmp_path / "never", CONFIG, params, **options)
+  assert not (tmp_path / "never").exists()
+
+
+def test_a_save_that_breaks_off_leaves_nothing(tmp_path, params, monkeypatch):
+  old = helpers.random_params(CONFIG, 1)
+  hf.save(tmp_path / "there", CONFIG, old, shard_bytes=20_000)
+  (tmp_path / "there" / "notes.txt").write_text("mine")
+
+  def broken(*args, **options):
+    raise OSError("disk full")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(companions, "write_config", broken)
+    for name in ("there", "new"):
+      with pytest.raises(OSError, match="disk full"):
+        hf.save(tmp_path / name, CONFIG, params)
+  assert [path.name for path in tmp_path.iterdir()] == ["there"]
+  assert_same(hf.load(tmp_path / "there")[1], old)
+  # One file takes the place of several, and nobody else's file is touched.
+  hf.save(tmp_path / "there", CONFIG, params)
+  assert_same(hf.load(tmp_path / "there")[1], params)
+  assert {path.name for path in (tmp_path / "there").iterdir()} == {
+    *("config.json", "model.safetensors", "notes.txt")
+  }
+  with pytest.raises(ValueError, match="expected a directory, got the file"):
+    hf.save(tmp_path / "there" / "notes.txt", CONFIG, params)
 
 
 GLM_4_5_AIR = {

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from intellect3.models import hf, presets, transformer
-from intellect3.weights import manifest, publish, shards
+from intellect3.models.stored import shards
+from intellect3.weights import manifest, publish
 
 CONFIG = presets.tiny(
   embed_dim=8, head_dim=4, num_heads=2, num_kv_heads=1, mlp_dim=8, expert_mlp_dim=4, vocab_size=16

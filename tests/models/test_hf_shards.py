@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from intellect3.weights import manifest, shards, tensors
+from intellect3.models.stored import directory, shards
+from intellect3.weights import manifest, tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -76,6 +77,8 @@ def test_a_file_that_was_cut_or_is_gone(tmp_path):
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(ValueError, match=r"f\.big: expected 800 bytes, got 790"):
     tensors.read(tmp_path, places, ["f.big"])
+  with pytest.raises(ValueError, match=r"truncated: f\.big: expected model.safetensors to have"):
+    tensors.index(tmp_path)
   path.unlink()
   with pytest.raises(FileNotFoundError):
     tensors.read(tmp_path, places, ["f.big"])
@@ -86,9 +89,9 @@ def test_shards_are_written_side_by_side_and_only_so_many_wait(tmp_path, monkeyp
   write_shard = shards._write_shard
   drawn, finished = [], []
 
-  def at_once(path, shard):
+  def at_once(path, shard, report):
     together.wait()  # breaks unless three are here at once
-    result = write_shard(path, shard)
+    result = write_shard(path, shard, report)
     finished.append(path)
     return result
 
@@ -105,12 +108,43 @@ def test_shards_are_written_side_by_side_and_only_so_many_wait(tmp_path, monkeyp
 
 
 def test_a_thread_that_fails_is_heard(tmp_path, monkeypatch):
-  def broken(path, shard):
+  def broken(path, shard, report):
     raise OSError("disk full")
 
   monkeypatch.setattr(shards, "_write_shard", broken)
   with pytest.raises(OSError, match="disk full"):
     write(tmp_path)
+
+
+def test_a_deferred_tensor_is_made_once_and_checked(tmp_path):
+  asked = []
+
+  def make(name):
+    asked.append(name)
+    return ARRAYS[name]
+
+  def tensors(shape_of):
+    for name, array in ARRAYS.items():
+      yield name, shards.Deferred(shape_of(array), array.dtype, lambda name=name: make(name))
+
+  told = []
+  shards.write(
+    tmp_path, tensors(np.shape), shard_bytes=240, threads=2, report=lambda *one: told.append(one)
+  )
+  assert sorted(asked) == sorted(ARRAYS)
+  assert sorted(told) == sorted((name, array.nbytes) for name, array in ARRAYS.items())
+  places, faults = directory.scan(tmp_path)
+  assert not faults
+  for name, array in ARRAYS.items():
+    np.testing.assert_array_equal(directory.mapped(tmp_path, places[name]), array)
+  with pytest.raises(ValueError, match=r"a.weight: expected float32\[3, 8\], got float32\[8, 3\]"):
+    shards.write(tmp_path, tensors(lambda array: array.shape[::-1]), shard_bytes=1, threads=1)
+
+
+def test_a_name_that_comes_twice_is_an_error(tmp_path):
+  twice = [("a", np.zeros(2, np.float32))] * 2
+  with pytest.raises(ValueError, match="a: expected each tensor once"):
+    shards.write(tmp_path, twice, shard_bytes=1, threads=1)
 
 
 @pytest.mark.parametrize(

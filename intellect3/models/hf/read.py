@@ -1,0 +1,187 @@
+"""Checkpoints in: whole on the host, or slice by slice straight to where the slices belong.
+
+Place in the ring: runs start here. On many hosts each process reads of the files what its devices
+own and nothing else; transpositions, head splits and the stacks of layers and experts are undone
+while a tensor is copied, so that nothing is held but the arrays and one slice.
+"""
+
+import dataclasses
+import itertools
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from intellect3.models import transformer
+from intellect3.models.config import ModelConfig
+from intellect3.models.hf import layout, names
+from intellect3.models.hf.source import Source, open_source
+from intellect3.models.stored import directory as stored
+from intellect3.models.stored.directory import Directory
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
+"""Bytes; a CPU device takes an array so aligned as it is, and copies any other."""
+
+Index = tuple[slice, ...]
+
+
+def load(
+  directory: Directory, *, dtype: str | None = None, **run_options: Any
+) -> tuple[ModelConfig, transformer.Params]:
+  """Reads a checkpoint directory: `config.json` and safetensors, single or sharded.
+
+  Args:
+    directory: its path.
+    dtype: dtype to convert the tensors to; None keeps the file's. The router's correction bias is
+      always float32.
+    **run_options: fields of ModelConfig that the file does not hold, as in `ModelConfig.from_hf`.
+
+  Returns:
+    The config, its `param_dtype` being the tensors' (also its `dtype`), and the params with NumPy
+    leaves.
+
+  Raises:
+    ValueError: for a missing or broken file, an unknown family, a head that should repeat the
+      embedding and does not, tensors of several dtypes in one stack; and one that lists every
+      missing, unexpected, misshapen and broken tensor.
+  """
+  source = open_source(directory, **run_options)
+  _say_extras(source)
+  params: transformer.Params = {}
+  for entry in names.entries(source.config):
+    whole = (slice(None),) * len(layout.leaf_shape(source.config, entry))
+    kind = leaf_dtype(entry, dtype or stored_dtype(source, entry))
+    layout.put(params, entry.path, read(source, entry, whole, kind))
+  name = str(params["embedding"].dtype)
+  return dataclasses.replace(source.config, param_dtype=name, dtype=name), params
+
+
+def load_sharded(directory: Directory, config: ModelConfig, shardings: Any) -> transformer.Params:
+  """Reads a checkpoint straight to the devices, each process only the slices that it owns.
+
+  Like `jax.make_array_from_callback`, but one device's shard after the other: beside the arrays the
+  host holds the shard that is on its way.
+
+  Args:
+    directory: of the checkpoint.
+    config: of `check`; its `param_dtype` is what the tensors are converted to (the router's
+      correction bias is always float32).
+    shardings: tree of `jax.sharding.Sharding`, one per leaf, as of `sharding.specs`.
+
+  Returns:
+    The params, committed to their shardings.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  source = open_source(directory)
+  for field in ("family", "num_layers", "num_dense_layers", "num_experts", "tie_embeddings"):
+    expected, given = getattr(config, field), getattr(source.config, field)
+    if expected != given:
+      raise ValueError(f"{directory}: {field}: expected {expected!r}, got {given!r}")
+  _say_extras(source)
+  params: transformer.Params = {}
+  for entry in names.entries(config):
+    kind = leaf_dtype(entry, config.param_dtype)
+    shape, sharding = layout.leaf_shape(config, entry), layout.leaf(shardings, entry.path)
+    shards = []
+    held: tuple[Index, np.ndarray] | None = None
+    # Devices that hold the same slice come one after the other.
+    indices = sharding.addressable_devices_indices_map(shape)
+    for device, index in sorted(indices.items(), key=lambda item: _order(item[1], shape)):
+      if held is None or held[0] != index:
+        held = (index, read(source, entry, index, kind))
+      shards.append(jax.block_until_ready(jax.device_put(held[1], device)))
+    array = jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=kind)
+    layout.put(params, entry.path, array)
+  return params
+
+
+def leaf_dtype(entry: names.Entry, dtype: Any) -> np.dtype:
+  """The dtype of a leaf where the others are of `dtype`."""
+  return np.dtype(entry.dtype or dtype)
+
+
+def stored_dtype(source: Source, entry: names.Entry) -> np.dtype:
+  """The dtype in which a leaf's tensors are stored.
+
+  Raises:
+    ValueError: there are several.
+  """
+  stack = names.stack_shape(source.config, entry)
+  found = {
+    source.places[names.name(source.config, entry, at)].dtype
+    for at in itertools.product(*map(range, stack))
+  }
+  if len(found) > 1:
+    raise ValueError(
+      f"{source.root}: {entry.hf}: expected one dtype (or one to convert to), "
+      f"got {sorted(map(str, found))}"
+    )
+  return found.pop()
+
+
+def read(source: Source, entry: names.Entry, index: Index, dtype: np.dtype) -> np.ndarray:
+  """A part of one of our arrays, from the tensors that hold it.
+
+  Args:
+    source: the checkpoint.
+    entry: the kind of tensor.
+    index: a slice (step 1) per axis of our array, as `jax.Array` shards have it.
+    dtype: to convert to.
+
+  Returns:
+    A new array.
+  """
+  shape = layout.leaf_shape(source.config, entry)
+  ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+  axes = entry.stack_axes
+  out = _aligned(tuple(map(len, ranges)), dtype)
+  for at in itertools.product(*ranges[:axes]):
+    where = tuple(place - ids.start for place, ids in zip(at, ranges[:axes], strict=True))
+    place = source.places[names.name(source.config, entry, at)]
+    stored.read_into(
+      out[where],
+      source.root,
+      place,
+      lambda tensor: layout.to_ours(entry, tensor, shape[axes:])[index[axes:]],
+    )
+  if source.repeated_head and entry.path == ("embedding",):
+    _check_head(source, index)
+  return out
+
+
+def _check_head(source: Source, index: Index) -> None:
+  head, embedding = (source.places[name] for name in (names.HEAD, names.EMBEDDING))
+  first, last, _ = index[0].indices(head.shape[0])
+  rows = (slice(start, min(start + 4096, last)) for start in range(first, last, 4096))
+  if not stored.same(source.root, head, embedding, rows):
+    raise ValueError(
+      f"{source.root}: {names.HEAD}: expected the embedding's values (tie_word_embeddings), "
+      "got others"
+    )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  buffer = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % _ALIGNMENT
+  return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _order(index: Index, shape: tuple[int, ...]) -> list[int]:
+  return [part.indices(size)[0] for part, size in zip(index, shape, strict=True)]
+
+
+def _say_extras(source: Source) -> None:
+  if source.extras:
+    logger.info(
+      "%s: %d tensors (%.3f GB) of layers past the last (multi-token prediction) are not used",
+      pathlib.Path(source.root).name,
+      len(source.extras),
+      source.extra_bytes / 1e9,
+    )
