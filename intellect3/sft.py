@@ -122,7 +122,7 @@ def run(
     found = sorted({entry.name for entry in run_dir.iterdir()} - _EXPECTED_FILES)
     if found:
       raise ValueError(f"run_dir: expected none, or resume; got {run_dir} with {', '.join(found)}")
-  config, params = _initial(model_config, model_path, model_options or {})
+  config = _config(model_config, model_path, model_options or {})
   shardings = layout.state_shardings(config, optimizer, mesh, rules)
 
   def start() -> dict[str, Any]:
@@ -151,8 +151,16 @@ def run(
       checkpoint.Checkpointer(run_dir / "checkpoints", keep=keep_checkpoints) as checkpoints,
       telemetry.MetricsWriter(run_dir, "sft") as metrics,
     ):
+      # Not kept in a variable: the state alone holds the parameters.
       state = layout.make_state(
-        config, optimizer, shardings, seed=seed if params is None else None, params=params
+        config,
+        optimizer,
+        shardings,
+        **(
+          {"seed": seed}
+          if model_path is None
+          else {"params": hf.load_sharded(model_path, config, shardings.params, dtype="float32")}
+        ),
       )
       if resume and checkpoints.latest_step() is not None:
         state = checkpoints.restore(state, batches).state
@@ -176,17 +184,16 @@ def run(
   return start
 
 
-def _initial(
+def _config(
   model_config: ModelConfig | None,
   model_path: str | os.PathLike[str] | None,
   model_options: Mapping[str, Any],
-) -> tuple[ModelConfig, Any]:
-  """The config, and the parameters on the host where they come from a file (else None)."""
+) -> ModelConfig:
+  """The config, and a check of the directory that the parameters will come from."""
   if model_config is not None:
-    return dataclasses.replace(model_config, **model_options), None
+    return dataclasses.replace(model_config, **model_options)
   assert model_path is not None
-  config, params = hf.load(model_path, dtype="float32")
-  return dataclasses.replace(config, **model_options), params
+  return hf.check(model_path, **{"dtype": "float32", "param_dtype": "float32", **model_options})
 
 
 def _train(

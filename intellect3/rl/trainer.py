@@ -107,12 +107,13 @@ def trainer(
   if unknown:
     raise NotStarted(f"trainer.mesh: expected axes of {mesh_lib.AXES}, got {sorted(unknown)}")
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)  # for its checks
-  checked = hf.check(shared.model_path, **(model_options or {}))
+  float32 = {"dtype": "float32", "param_dtype": "float32"}
+  config = hf.check(shared.model_path, **{**float32, **(model_options or {})})
   checks.number("trainer.router_bias_rate", router_bias_rate, 0)
-  router_bias.check(checked, router_bias_rate)
-  if shared.renderer.vocab_size > checked.vocab_size:
+  router_bias.check(config, router_bias_rate)
+  if shared.renderer.vocab_size > config.vocab_size:
     raise NotStarted(
-      f"renderer: expected at most the model's {checked.vocab_size} ids, "
+      f"renderer: expected at most the model's {config.vocab_size} ids, "
       f"got {shared.renderer.vocab_size}"
     )
 
@@ -120,12 +121,19 @@ def trainer(
     axes: dict[str, Any] = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
     device_mesh = mesh_lib.make_mesh(**axes)
     placement.check_rows(device_mesh, micro_rows=micro_rows, row_length=row_length)
-    config, params = hf.load(shared.model_path, dtype="float32", **(model_options or {}))
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, axes)
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(device_mesh))
       shardings = layout.state_shardings(config, optimizer, device_mesh, rules.TRAIN_FSDP)
-      state = layout.make_state(config, optimizer, shardings, params=params)
+      # Not kept in a variable: the state alone holds the parameters.
+      state = layout.make_state(
+        config,
+        optimizer,
+        shardings,
+        params=hf.load_sharded(
+          shared.model_path, config, shardings.params, dtype=config.param_dtype
+        ),
+      )
       stop = threading.Event()
       batches = stack.enter_context(
         contextlib.closing(

@@ -6,7 +6,6 @@ shape. Weights are arguments, so that a swap compiles nothing.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -19,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intellect3.inference.engine import programs
 from intellect3.inference.engine.batcher import Plan
@@ -70,13 +69,8 @@ class Device:
         f"context_length: expected 2 to {config.max_positions} (the model's max_positions), "
         f"got {context_length}"
       )
-    devices = jax.devices()
-    if not 1 <= tensor_parallel <= len(devices):
-      raise ValueError(f"tp_size: expected 1 to {len(devices)} (devices), got {tensor_parallel}")
     self.config, self.shape = config, shape
-    self._mesh = meshes.make_mesh(tensor=tensor_parallel, devices=devices[:tensor_parallel])
-    shapes, axes = transformer.abstract(config)
-    self._shardings = specs.tree_shardings(axes, shapes, self._mesh, rules.SERVE)
+    self._mesh, self._shardings = _layout(config, tensor_parallel)
     self._params = jax.device_put(params, self._shardings)
     self._slots, self._pages, self._page_size = slots, pages, page_size
     kv_axis = dict(rules.SERVE)["kv_heads"]
@@ -100,6 +94,11 @@ class Device:
       ),
     }
     self._executables: dict[str, Any] = {}
+
+  @property
+  def tensor_parallel(self) -> int:
+    """Devices over which weights and cache are split."""
+    return self._mesh.size
 
   @property
   def compiled(self) -> tuple[str, ...]:
@@ -217,15 +216,30 @@ def platform() -> str:
   return jax.default_backend()
 
 
+def _layout(config: ModelConfig, tensor_parallel: int) -> tuple[Mesh, Any]:
+  """The mesh, and where the weights lie on it."""
+  devices = jax.devices()
+  if not 1 <= tensor_parallel <= len(devices):
+    raise ValueError(f"tp_size: expected 1 to {len(devices)} (devices), got {tensor_parallel}")
+  mesh = meshes.make_mesh(tensor=tensor_parallel, devices=devices[:tensor_parallel])
+  shapes, axes = transformer.abstract(config)
+  return mesh, specs.tree_shardings(axes, shapes, mesh, rules.SERVE)
+
+
 def load(
-  directory: str | os.PathLike[str], *, dtype: str | None, param_dtype: str | None = None
+  directory: str | os.PathLike[str],
+  *,
+  dtype: str | None,
+  param_dtype: str | None = None,
+  tensor_parallel: int = 1,
 ) -> tuple[ModelConfig, Params]:
-  """Reads a model directory in Hugging Face's format.
+  """Reads a model directory in Hugging Face's format, straight to the devices.
 
   Args:
     directory: `config.json` and safetensors.
     dtype: what to compute in; None keeps the configuration's own.
     param_dtype: what to hold the weights in; None keeps them as stored.
+    tensor_parallel: devices over which the weights are split, as in `Device`.
 
   Raises:
     ValueError: where the directory holds no model that this engine can serve.
@@ -235,8 +249,10 @@ def load(
     raise ValueError(f"Cannot find a config.json in `{path}`.")
   if not any(path.glob("*.safetensors")):
     raise ValueError(f"Cannot find any model weights with `{path}`.")
-  config, params = hf.load(path, dtype=param_dtype)
-  return (config if dtype is None else dataclasses.replace(config, dtype=dtype)), params
+  dtypes = {"dtype": dtype or param_dtype, "param_dtype": param_dtype}
+  config = hf.check(path, **{key: value for key, value in dtypes.items() if value is not None})
+  _, shardings = _layout(config, tensor_parallel)
+  return config, hf.load_sharded(path, config, shardings, dtype=param_dtype)
 
 
 def eos_token_ids(directory: str | os.PathLike[str]) -> frozenset[int]:

@@ -54,7 +54,9 @@ def build(settings: Settings) -> Parts:
   Raises:
     ValueError: the model directory or a flag is wrong; the message names which.
   """
-  config, params = devices.load(settings.model, dtype=settings.dtype)
+  config, params = devices.load(
+    settings.model, dtype=settings.dtype, tensor_parallel=settings.tp_size
+  )
   if settings.enable_return_routed_experts and not config.num_moe_layers:
     raise ValueError(
       f"enable_return_routed_experts: expected a model with experts, got {config.family} with "
@@ -130,7 +132,10 @@ def _prepare(device: Device | None, path: str, dtype: str | None) -> Any:
   assert device is not None
   # Published weights may be of another dtype than the first ones (bfloat16 halves what travels).
   config, params = devices.load(
-    path, dtype=dtype or device.config.dtype, param_dtype=device.config.param_dtype
+    path,
+    dtype=dtype or device.config.dtype,
+    param_dtype=device.config.param_dtype,
+    tensor_parallel=device.tensor_parallel,
   )
   for field in dataclasses.fields(ModelConfig):
     served, given = getattr(device.config, field.name), getattr(config, field.name)

@@ -60,7 +60,9 @@ def load(
   return dataclasses.replace(source.config, param_dtype=name, dtype=name), params
 
 
-def load_sharded(directory: Directory, config: ModelConfig, shardings: Any) -> transformer.Params:
+def load_sharded(
+  directory: Directory, config: ModelConfig, shardings: Any, *, dtype: str | None = None
+) -> transformer.Params:
   """Reads a checkpoint straight to the devices, each process only the slices that it owns.
 
   Like `jax.make_array_from_callback`, but one device's shard after the other: beside the arrays the
@@ -68,9 +70,9 @@ def load_sharded(directory: Directory, config: ModelConfig, shardings: Any) -> t
 
   Args:
     directory: of the checkpoint.
-    config: of `check`; its `param_dtype` is what the tensors are converted to (the router's
-      correction bias is always float32).
+    config: of `check`.
     shardings: tree of `jax.sharding.Sharding`, one per leaf, as of `sharding.specs`.
+    dtype: as in `load`.
 
   Returns:
     The params, committed to their shardings.
@@ -86,7 +88,7 @@ def load_sharded(directory: Directory, config: ModelConfig, shardings: Any) -> t
   _say_extras(source)
   params: transformer.Params = {}
   for entry in names.entries(config):
-    kind = leaf_dtype(entry, config.param_dtype)
+    kind = leaf_dtype(entry, dtype or stored_dtype(source, entry))
     shape, sharding = layout.leaf_shape(config, entry), layout.leaf(shardings, entry.path)
     shards = []
     held: tuple[Index, np.ndarray] | None = None

@@ -4,6 +4,7 @@ Place in the ring: under reading, and under whoever must know that a directory i
 anything starts. No tensor is read here.
 """
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ def check(directory: Directory, **run_options: Any) -> ModelConfig:
       as in `ModelConfig.from_hf`.
 
   Returns:
-    The config; its dtypes are those of `config.json`, unless given.
+    The config; its dtypes are the stored embedding's, unless given.
   """
   return open_source(directory, **run_options).config
 
@@ -93,6 +94,10 @@ def open_source(directory: Directory, **run_options: Any) -> Source:
   repeated = names.HEAD in places and names.HEAD not in slots
   if repeated and places[names.HEAD].shape != (config.vocab_size, config.embed_dim):
     problems.append(f"misshapen: {names.HEAD}: expected the embedding's shape, as it is tied to it")
+  if names.EMBEDDING in places:
+    stored_as = str(places[names.EMBEDDING].dtype)
+    dtypes = {"param_dtype": stored_as, "dtype": stored_as, **run_options}
+    config = dataclasses.replace(config, **{key: dtypes[key] for key in ("param_dtype", "dtype")})
   if problems:
     raise ValueError(f"{root}: the tensors do not fit the config:\n  " + "\n  ".join(problems))
   return Source(root, config, raw, places, tuple(extras), repeated)
