@@ -51,7 +51,7 @@ def run(
   model_options: Mapping[str, Any] | None = None,
   row_counts: Sequence[int] | None = None,
   loss_fn: Callable[..., Any] = negative_log_likelihood,
-  head_chunk_size: int = 1024,
+  head_chunk_size: int = 256,
   mesh: Mesh | None = None,
   rules: Rules = TRAIN_FSDP,
   seed: int = 0,

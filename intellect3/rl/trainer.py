@@ -41,7 +41,7 @@ def trainer(
   row_length: int,
   micro_rows: int,
   row_counts: Sequence[int] | None = None,
-  head_chunk_size: int = 1024,
+  head_chunk_size: int = 256,
   router_bias_rate: float = 0.0,
   mesh: Mapping[str, int] | None = None,
   model_options: Mapping[str, Any] | None = None,
