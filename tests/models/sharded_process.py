@@ -1,0 +1,95 @@
+"""Run by test_hf_sharded in a process of its own: a checkpoint read to four fake devices."""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from intellect3.models import hf, transformer
+from intellect3.models.stored import directory as stored
+from intellect3.sharding import mesh as meshes
+from intellect3.sharding import rules, specs
+
+
+def read_sharded(directory, mesh, table, dtype):
+  """The params, and the elements read for each leaf shape of a stored tensor."""
+  config = hf.check(directory)
+  shapes, axes = transformer.abstract(config)
+  read = []
+  plain = stored.read_into
+
+  def counting(out, root, place, view):
+    read.append(out.size)
+    plain(out, root, place, view)
+
+  stored.read_into = counting
+  try:
+    shardings = specs.tree_shardings(axes, shapes, mesh, table)
+    return hf.load_sharded(directory, config, shardings, dtype=dtype), shardings, sum(read)
+  finally:
+    stored.read_into = plain
+
+
+def main():
+  for directory in sys.argv[1:]:
+    _, whole = hf.load(directory)
+    size = sum(leaf.size for leaf in jax.tree.leaves(whole))
+    for table, axes, most in (
+      (rules.TRAIN_FSDP, {"fsdp": 4}, 1.0),
+      (rules.TRAIN_FSDP, {"data": 2, "fsdp": 2}, 1.0),
+      (rules.SERVE, {"tensor": 2}, 1.0),
+    ):
+      count = int(np.prod(list(axes.values())))
+      mesh = meshes.make_mesh(**axes, devices=jax.devices()[:count])
+      params, shardings, read = read_sharded(directory, mesh, table, None)
+      jax.tree.map(_check, params, shardings, whole)
+      # Every element once, though several devices hold it.
+      assert read <= most * size, (axes, read, size)
+    # A process that owns a part of the devices reads that part: as if two of four were its own.
+    mesh = meshes.make_mesh(fsdp=4)
+    own = set(jax.devices()[:2])
+    every = NamedSharding.addressable_devices_indices_map
+
+    def of_two(sharding, shape):
+      return {device: index for device, index in every(sharding, shape).items() if device in own}
+
+    def assemble(shape, sharding, shards, dtype):
+      return shards
+
+    NamedSharding.addressable_devices_indices_map = of_two
+    make, jax.make_array_from_single_device_arrays = (
+      jax.make_array_from_single_device_arrays,
+      assemble,
+    )
+    parts, shardings, read = read_sharded(directory, mesh, rules.TRAIN_FSDP, "float32")
+    NamedSharding.addressable_devices_indices_map = every
+    jax.make_array_from_single_device_arrays = make
+    owned = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
+      sharding = _at(shardings, path)
+      indices = {str(every(sharding, leaf.shape)[device]): device for device in own}
+      owned += len(indices) * int(np.prod(sharding.shard_shape(leaf.shape)))
+      for shard in _at(parts, path):
+        (device,) = shard.devices()
+        np.testing.assert_array_equal(shard, leaf[every(sharding, leaf.shape)[device]])
+    assert read == owned < 0.6 * size, (read, owned, size)
+  print("same")
+
+
+def _check(array, sharding, expected):
+  assert array.sharding.is_equivalent_to(sharding, array.ndim)
+  assert array.dtype == expected.dtype and array.committed
+  np.testing.assert_array_equal(array, expected)
+
+
+def _at(tree, path):
+  for key in path:
+    tree = tree[key.key]
+  return tree
+
+
+main()
