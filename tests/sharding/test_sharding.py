@@ -165,7 +165,7 @@ def test_the_gradient_is_that_of_one_device():
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
   }
   run = subprocess.run(
     [sys.executable, "-c", SHARDED_GRADIENT], env=environment, capture_output=True, text=True

@@ -400,7 +400,7 @@ def test_over_several_devices_the_same_is_computed(count):
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
     "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[3])]),
   }
   command = [sys.executable, str(here.parent / "sharded_device.py"), str(count)]
