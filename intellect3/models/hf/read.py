@@ -17,7 +17,7 @@ import numpy as np
 from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
 from intellect3.models.hf import layout, names
-from intellect3.models.hf.source import Source, open_source
+from intellect3.models.hf.source import Source, check_head, open_source
 from intellect3.models.stored import directory as stored
 from intellect3.models.stored.directory import Directory
 
@@ -153,19 +153,9 @@ def read(source: Source, entry: names.Entry, index: Index, dtype: np.dtype) -> n
       lambda tensor: layout.to_ours(entry, tensor, shape[axes:])[index[axes:]],
     )
   if source.repeated_head and entry.path == ("embedding",):
-    _check_head(source, index)
+    first, last, _ = index[0].indices(shape[0])
+    check_head(source, first, last)
   return out
-
-
-def _check_head(source: Source, index: Index) -> None:
-  head, embedding = (source.places[name] for name in (names.HEAD, names.EMBEDDING))
-  first, last, _ = index[0].indices(head.shape[0])
-  rows = (slice(start, min(start + 4096, last)) for start in range(first, last, 4096))
-  if not stored.same(source.root, head, embedding, rows):
-    raise ValueError(
-      f"{source.root}: {names.HEAD}: expected the embedding's values (tie_word_embeddings), "
-      "got others"
-    )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -19,6 +19,8 @@ from intellect3.models.stored.formats import Place
 logger = logging.getLogger(__name__)
 
 EXTRA_LAYERS = "num_nextn_predict_layers"
+_ROWS = 4096
+"""Rows that are compared at a time."""
 
 
 class Source(NamedTuple):
@@ -101,3 +103,18 @@ def open_source(directory: Directory, **run_options: Any) -> Source:
   if problems:
     raise ValueError(f"{root}: the tensors do not fit the config:\n  " + "\n  ".join(problems))
   return Source(root, config, raw, places, tuple(extras), repeated)
+
+
+def check_head(source: Source, first: int, last: int) -> None:
+  """Compares some rows of a repeated head with the embedding's.
+
+  Raises:
+    ValueError: they differ.
+  """
+  head, embedding = (source.places[name] for name in (names.HEAD, names.EMBEDDING))
+  rows = (slice(start, min(start + _ROWS, last)) for start in range(first, last, _ROWS))
+  if not stored.same(source.root, head, embedding, rows):
+    raise ValueError(
+      f"{source.root}: {names.HEAD}: expected the embedding's values (tie_word_embeddings), "
+      "got others"
+    )
