@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import (
   BarColumn,
   DownloadColumn,
+  MofNCompleteColumn,
   TextColumn,
   TimeRemainingColumn,
   TransferSpeedColumn,
@@ -21,13 +22,15 @@ _EVERY = 0.1
 class Progress:
   """Counts bytes and shows them on stderr; use it as a context."""
 
-  def __init__(self, what: str, total: int):
+  def __init__(self, what: str, total: int, *, unit: str = "GB"):
     """Shows nothing yet.
 
     Args:
       what: is done.
-      total: bytes of all tensors.
+      total: bytes of all tensors, or how many of another unit.
+      unit: `GB`, or what is counted.
     """
+    self._unit, self._scale = unit, 1e9 if unit == "GB" else 1.0
     self._what, self._total, self._done, self._said = what, max(total, 1), 0, 0.0
     self._lock = threading.Lock()
     self._began = time.monotonic()
@@ -37,8 +40,7 @@ class Progress:
       self._bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if unit == "GB" else (MofNCompleteColumn(),)),
         TimeRemainingColumn(),
         console=console,
       )
@@ -65,7 +67,8 @@ class Progress:
         self._said = 1.0 if self._done >= self._total else share
         seconds = time.monotonic() - self._began
         print(
-          f"{self._what}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {seconds:.0f} s",
+          f"{self._what}: {self._done / self._scale:.3g} of {self._total / self._scale:.3g} "
+          f"{self._unit}, {seconds:.0f} s",
           file=sys.stderr,
           flush=True,
         )
