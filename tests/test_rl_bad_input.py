@@ -1,5 +1,6 @@
 """What cannot start says why in one line, ends with exit code 2 and has started nothing."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -73,6 +74,16 @@ def run_here(capsys):
     ({"worker.worker.wait_seconds": 0}, [], "worker.wait_seconds: expected a number > 0, got 0"),
     ({"trainer.trainer.weights_shard_bytes": 0}, [], "weights_shard_bytes: expected at least 1"),
     ({"trainer.trainer.weights_threads": 0}, [], "weights_threads: expected at least 1, got 0"),
+    ({"trainer.trainer.router_bias_rate": -1}, [], "router_bias_rate: expected a number >= 0"),
+    ({"rl.run.replay_routed_experts": 1}, [], "replay_routed_experts: expected a bool, got 1"),
+    (
+      {
+        "rl.run.replay_routed_experts": True,
+        "inference.embedded_server.options": {"enable_return_routed_experts": False},
+      },
+      [],
+      "enable_return_routed_experts: expected True with rl.run.replay_routed_experts, got False",
+    ),
     ({}, ["--resume"], "there is no run to resume"),
     ({"inference.embedded_server.options": {"slotz": 4}}, [], "unrecognized arguments: --slotz"),
     (
@@ -157,6 +168,18 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_started(
   assert message in error
   assert len(error.strip().splitlines()) == 1, error
   assert not out.exists()
+
+
+@pytest.mark.parametrize("role", ["all", "worker"])
+def test_bad_input_a_dense_model_has_no_experts_to_replay(tmp_path, run_here, role):
+  directory = tmp_path / "dense"
+  directory.mkdir()
+  (directory / "config.json").write_text(json.dumps(presets.tiny_qwen3().to_hf()))
+  settings = {"rl.run.model_path": str(directory), "rl.run.replay_routed_experts": True, **PORTS}
+  settings["rl.run.num_workers"] = 1
+  code, error = run_here(tmp_path / "run", settings, "--role", role)
+  assert code == 2 and len(error.strip().splitlines()) == 1, error
+  assert "replay_routed_experts: expected False for a model without experts, got True" in error
 
 
 @pytest.mark.parametrize(

@@ -157,15 +157,20 @@ def test_the_log_holds_what_was_trained_and_the_trainer_counted_the_same(asynchr
     assert all(len(tasks) == 1 for tasks in groups.values())
 
 
-def test_on_policy_logprobs_agree_with_the_server_that_sampled(model, tmp_path):
+def test_on_policy_logprobs_and_experts_agree_with_the_server_that_sampled(model, tmp_path):
   out = tmp_path / "run"
   settings = {"rl.run.model_path": str(model), "rl.run.steps": 2, **SYNCHRONOUS}
+  settings["rl.run.replay_routed_experts"] = True
   result = run(out, settings)
   assert result.returncode == 0, result.stdout + result.stderr
   for row in rows(out, "trainer"):
     assert row["token_staleness_max"] == 0
     assert 0 <= row["mismatch_kl"] < 1e-8
     assert row["masked_share"] == 0
+    assert row["router_agreement"] > 0.999
+  (record, *_) = all_records(out / "rollouts", rollout_log.read_manifest(out / "rollouts", 1))
+  experts = record.trajectory.routed_experts
+  assert experts.shape == (len(record.trajectory.tokens) - 1, 1, 2) and experts.dtype == np.uint8
 
 
 @pytest.mark.slow

@@ -23,32 +23,34 @@ from intellect3.models import hf, presets, transformer
 from intellect3.rendering.bytes import ByteRenderer
 from intellect3.rendering.tokenizer_files import write_tokenizer
 from intellect3.rollouts.conversation import RecordedConversation
+from intellect3.types import RouterShape
 from intellect3.weights import tensors as published
 
 CONFIG = presets.tiny(max_positions=1024)
 RENDERER = ByteRenderer()
 CANARY_IDS = RENDERER.render([{"role": "user", "content": "the quick brown fox"}])
+ROUTER = RouterShape(num_layers=2, num_dense_layers=1, num_experts=8, num_experts_per_token=2)
 BOUND = 1e-4
 
 
 @jax.jit
-def _full_logprobs(params, tokens_1T):
-  """The trainer's side: logprobs of each token by the full forward pass, at temperature 1."""
+def _full(params, tokens_1T):
+  """The trainer's logprobs of each token but the first, at temperature 1, and all its experts."""
   positions_1T = jnp.arange(tokens_1T.shape[1])[None]
   output = transformer.Transformer(CONFIG).apply(
     {"params": params}, tokens_1T, positions_1T, jnp.ones_like(tokens_1T)
   )
   logits_TV = output.hidden_BTD[0] @ transformer.head(params, CONFIG)
   scores_TV = jax.nn.log_softmax(logits_TV.astype(jnp.float32))
-  return jnp.take_along_axis(scores_TV[:-1], tokens_1T[0, 1:, None], axis=1)[:, 0]
+  logprobs_T = jnp.take_along_axis(scores_TV[:-1], tokens_1T[0, 1:, None], axis=1)[:, 0]
+  return logprobs_T, output.router.experts_LBTA[:, 0].swapaxes(0, 1)
 
 
-def full_logprobs(params, tokens, length=128):
-  """The same for any number of tokens, at one compiled shape; the first is 0.0."""
-  padded = np.zeros((1, length), np.int32)
-  padded[0, : len(tokens)] = tokens
-  scored = np.asarray(_full_logprobs(params, padded))[: len(tokens) - 1]
-  return np.concatenate([np.zeros(1, np.float32), scored])
+def full(params, tokens):
+  """Both for any number of tokens, at one compiled shape; the first logprob is 0.0."""
+  padded = np.pad(np.asarray(tokens, np.int32), (0, 128 - len(tokens)))[None]
+  logprobs, experts_TLA = jax.device_get(_full(params, padded))
+  return np.append(np.float32(0.0), logprobs)[: len(tokens)], experts_TLA[: len(tokens)]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,9 @@ def server(checkpoints, tmp_path_factory):
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   launch.check_port_free("127.0.0.1", port)
-  command = launch.embedded_command(
-    checkpoints[0][0], port, slots=4, prefill_rows=2, context_length=512, die_with_parent=True
-  )
+  sizes = {"slots": 4, "prefill_rows": 2, "context_length": 512}
+  flags = {"enable_return_routed_experts": True, "die_with_parent": True}
+  command = launch.embedded_command(checkpoints[0][0], port, **sizes, **flags)
   log = tmp_path_factory.mktemp("engine") / "log"
   with open(log, "wb") as out:
     process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -112,11 +114,9 @@ async def transport_to():
 async def connected(url):
   """A pool and a control of one server."""
   async with transport_to() as transport:
-    pool = client.ServerPool(transport, [url], vocab_size=RENDERER.vocab_size, timeout_seconds=60.0)
-    yield (
-      pool,
-      ServerControl(transport, [url], vocab_size=RENDERER.vocab_size, timeout_seconds=60.0),
-    )
+    options = {"vocab_size": RENDERER.vocab_size, "timeout_seconds": 60.0}
+    pool = client.ServerPool(transport, [url], router=ROUTER, **options)
+    yield pool, ServerControl(transport, [url], **options)
 
 
 async def until_running(url, requests):
@@ -167,7 +167,7 @@ def to_server(control, url, checkpoint, version, *, mode="in_place", load=None, 
     load=load or from_disk(directory, version),
     version=version,
     mode=mode,
-    canary=Canary(CANARY_IDS, full_logprobs(params, CANARY_IDS).tolist()),
+    canary=Canary(CANARY_IDS, full(params, CANARY_IDS)[0].tolist()),
     bound=BOUND,
     **options,
   )
@@ -211,7 +211,7 @@ def test_generations_have_the_trainers_logprobs_and_obey_their_seed(server, chec
   for generation in generations:
     assert generation.policy_versions.tolist() == [0] * 16
     tokens = [*prompt, *generation.tokens.tolist()]
-    expected = full_logprobs(checkpoints[0][1], tokens)[len(prompt) :]
+    expected = full(checkpoints[0][1], tokens)[0][len(prompt) :]
     np.testing.assert_allclose(generation.inference_logprobs, expected, atol=1e-4)
   texts = [generation.tokens.tolist() for generation in generations]
   assert texts[:3] == texts[3:] and texts[0] != texts[1]
@@ -241,7 +241,7 @@ def test_a_sync_in_flight_stamps_both_versions_and_passes_its_canary(server, che
     assert generation.tokens.size == 400
     first = int(np.sum(versions == 10))
     tokens = [*prompt, *generation.tokens[:first].tolist()][:128]
-    expected = full_logprobs(checkpoints[0][1], tokens)[len(prompt) :]
+    expected = full(checkpoints[0][1], tokens)[0][len(prompt) :]
     np.testing.assert_allclose(generation.inference_logprobs[: len(expected)], expected, atol=1e-4)
 
 
@@ -392,7 +392,9 @@ def test_an_environment_runs_and_its_trajectory_is_what_the_trainer_scores(serve
   assert 0.0 <= score.reward <= 1.0
   (trajectory,) = conversation.trajectories()
   trajectory.check()
-  expected = full_logprobs(checkpoints[0][1], trajectory.tokens.tolist())
+  expected, experts_TLA = full(checkpoints[0][1], trajectory.tokens)
   mask = trajectory.loss_mask
   np.testing.assert_allclose(trajectory.inference_logprobs[mask], expected[mask], atol=1e-4)
+  chosen = np.sort(trajectory.routed_experts, axis=-1)  # over two turns, of all but the last token
+  np.testing.assert_array_equal(chosen, np.sort(experts_TLA[:-1], axis=-1))
   assert set(trajectory.policy_versions[mask].tolist()) == {40}

@@ -165,11 +165,15 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     "|---|---|---|---|---|---|---|",
   ]
   for name, f in figures.items():
-    lines.append(
-      f"| {name} | {f['router_agreement']:.4f} | {f['mismatch_kl_without']:.2e} | "
-      f"{f['mismatch_kl_with']:.2e} | {f.get('ratio', 1.0):.1f} | {f['max_difference_without']:.2e} | "
-      f"{f['max_difference_with']:.2e} |"
-    )
+    numbers = [
+      f"{f['router_agreement']:.4f}",
+      f"{f['mismatch_kl_without']:.2e}",
+      f"{f['mismatch_kl_with']:.2e}",
+      f"{f['ratio']:.0f}" if "ratio" in f else "",
+      f"{f['max_difference_without']:.2e}",
+      f"{f['max_difference_with']:.2e}",
+    ]
+    lines.append(f"| {' | '.join([name, *numbers])} |")
   return "\n".join(lines)
 
 
