@@ -382,3 +382,11 @@ def test_recorded_experts_are_chosen_again(client):
   assert ours.shape == (len(prompt) + 6 + 3, 2, 2) and recorded.shape == (len(prompt) + 5, 2, 2)
   np.testing.assert_array_equal(ours[: len(recorded)], recorded)
   assert not ours[:, 0].any() and ours[:, 1].any()
+  rest = client.generate(
+    prompt + theirs["output_ids"],
+    sampling={"max_new_tokens": 4, "ignore_eos": True, "temperature": 0.0},
+    return_routed_experts=True,
+    routed_experts_start_len=len(prompt) + 3,
+  )
+  np.testing.assert_array_equal(experts_of(rest)[:3], ours[len(prompt) + 3 : len(prompt) + 6])
+  assert len(experts_of(rest)) == 6

@@ -142,6 +142,8 @@ def test_fields_that_are_not_supported_are_refused_unless_off(more):
     ({"top_logprobs_num": -1}, "top_logprobs_num"),
     ({"stream": 1}, "stream"),
     ({"return_routed_experts": "yes"}, "return_routed_experts"),
+    ({"return_routed_experts": True, "routed_experts_start_len": 2}, "routed_experts_start_len"),
+    ({"return_routed_experts": True, "routed_experts_start_len": -1}, "routed_experts_start_len"),
     ({"rid": ["a"]}, "rid"),
     ({"text": "hello"}, "text"),
     ({"sampling_params": [3]}, "sampling_params"),
