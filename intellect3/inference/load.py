@@ -53,6 +53,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
   internal_states: Sequence[_State] = ()
   tp_size: int = 1
+  enable_return_routed_experts: bool = False
 
   @property
   def tells_load(self) -> bool:

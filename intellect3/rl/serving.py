@@ -188,6 +188,14 @@ class Serving:
     self, url: str, version: int, unusable: Callable[[weight_sync.ServerSync], None]
   ) -> weight_sync.ServerSync:
     prepared = self._prepared[version]
+    if self._shared.router is not None:
+      info = (await self._control.server_info(urls=[url]))[url]
+      if info.value is None or not info.value.enable_return_routed_experts:
+        reason = info.error or (
+          "server_info.enable_return_routed_experts: expected true, as the run replays routed "
+          "experts, got false"
+        )
+        return weight_sync.ServerSync(url, f"{url}: {reason}", 0.0, {}, answered=info.answered)
     return await weight_sync.sync_server(
       self._control,
       url,

@@ -75,6 +75,7 @@ class FakeServer:
     self.ranks = 1
     self.session = False
     self.ended = 0
+    self.settings = {}
 
   def kill(self):
     """From now on every connection is refused, and those that are open break."""
@@ -146,7 +147,7 @@ class FakeServer:
         self.version = body.get("weight_version", self.version)
         return 200, {"success": True, "message": "Success"}
       case "/server_info":
-        return 200, {"internal_states": self.states, "tp_size": self.ranks}
+        return 200, {"internal_states": self.states, "tp_size": self.ranks, **self.settings}
       case "/v1/loads?include=core" if self.loads is not None:
         return 200, {"loads": self.loads}
       case "/model_info":

@@ -13,6 +13,7 @@ from intellect3.models import presets, transformer
 from intellect3.rl import serving
 from intellect3.rl.checks import NotStarted
 from intellect3.rl.roles import Shared
+from intellect3.types import RouterShape
 from intellect3.weights import publish, tensors
 
 CONFIG = presets.tiny(
@@ -68,7 +69,7 @@ def publish_version(run_dir, params, version, off=0.0):
   )
 
 
-def make(run_dir, servers, **changes):
+def make(run_dir, servers, *, router=None, **changes):
   shared = Shared(
     run_dir=run_dir,
     steps=9,
@@ -82,6 +83,7 @@ def make(run_dir, servers, **changes):
     num_workers=0,
     orchestrator_url="http://127.0.0.1:9",
     server_urls=tuple(f"http://{name}" for name in servers),
+    router=router,
   )
   options = {
     "sync_mode": "in_place",
@@ -120,6 +122,22 @@ def test_servers_that_an_orchestrator_left_paused_go_on_and_are_never_asked_for_
   left = ["/model_info", "/end_weight_update", "/continue_generation"]
   assert server.log[:3] == left and "/health" not in server.log
   assert watcher.versions == {A: 0}
+
+
+def test_a_server_that_would_not_tell_its_experts_is_fenced_before_anything_is_sampled(
+  tmp_path, params
+):
+  servers = {"a": FakeServer(), "b": FakeServer()}
+  servers["a"].settings = {"enable_return_routed_experts": True}
+  publish_version(tmp_path, params, 0)
+  router = RouterShape(num_layers=2, num_dense_layers=1, num_experts=8, num_experts_per_token=2)
+  hand, watcher = make(tmp_path, servers, router=router)
+  run_with(hand, 0)
+  assert watcher.versions == {A: 0}
+  ((url, version, reason, for_good),) = watcher.failures
+  assert (url, version, for_good) == (B, 0, True)
+  assert "enable_return_routed_experts: expected true" in reason
+  assert "/update_weights_from_disk" not in servers["b"].log
 
 
 @pytest.mark.parametrize("transport", ["disk", "tensor"])
