@@ -1,4 +1,4 @@
-"""A checkpoint read straight to the devices is the one read whole, and only what is owned is read."""
+"""A checkpoint read straight to the devices: the values of a plain load, and only what is owned."""
 
 import os
 import pathlib

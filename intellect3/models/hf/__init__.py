@@ -5,6 +5,7 @@ what `save` wrote, `load` gives back.
 
     names        the tables: their tensors' names and layouts, family by family
     layout       one tensor between their layout and ours
+    fused        experts in one tensor per layer, seen as one tensor each
     source       a directory opened and checked, no tensor read
     read         load: whole on the host, or each process its slices
     write        save: sharded, streaming, atomic

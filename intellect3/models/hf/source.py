@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from intellect3.models.config import ModelConfig
-from intellect3.models.hf import layout, names
+from intellect3.models.hf import fused, layout, names
 from intellect3.models.stored import directory as stored
 from intellect3.models.stored.directory import Directory
 from intellect3.models.stored.formats import Place
@@ -76,6 +76,7 @@ def open_source(directory: Directory, **run_options: Any) -> Source:
   except (ValueError, TypeError) as error:
     raise ValueError(f"{root}: {error}") from error
   places, faults = stored.scan(root)
+  places = fused.split(places, config)
   extra_layers = raw.get(EXTRA_LAYERS) or 0
   limit = config.num_layers + extra_layers
   extras = []
