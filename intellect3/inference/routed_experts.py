@@ -8,6 +8,7 @@ A server tells them as base64 of int32 [tokens, layers, A], for the prompt from
 
 import base64
 import binascii
+import itertools
 
 import msgspec
 import numpy as np
@@ -91,7 +92,7 @@ def decode(told: str, *, tokens: int, router: RouterShape) -> np.ndarray:
       f"got {told_TLA.min()} to {told_TLA.max()}"
     )
   experts_TLA = told_TLA.astype(router.dtype)
-  sorted_TLA = np.sort(experts_TLA, axis=-1)
-  if np.any(sorted_TLA[..., 1:] == sorted_TLA[..., :-1]):
+  columns = [np.ascontiguousarray(experts_TLA[..., index]) for index in range(active)]
+  if any(np.any(a == b) for a, b in itertools.combinations(columns, 2)):
     raise ProtocolError("routed_experts: expected different experts for each token, got one twice")
   return experts_TLA
