@@ -1,5 +1,6 @@
 """Run by test_hf_sharded in a process of its own: a checkpoint read to four fake devices."""
 
+import math
 import os
 import sys
 
@@ -16,7 +17,7 @@ from intellect3.sharding import rules, specs
 
 
 def read_sharded(directory, mesh, table, dtype):
-  """The params, and the elements read for each leaf shape of a stored tensor."""
+  """The params, where they lie, and how many elements were read."""
   config = hf.check(directory)
   shapes, axes = transformer.abstract(config)
   read = []
@@ -38,46 +39,46 @@ def main():
   for directory in sys.argv[1:]:
     _, whole = hf.load(directory)
     size = sum(leaf.size for leaf in jax.tree.leaves(whole))
-    for table, axes, most in (
-      (rules.TRAIN_FSDP, {"fsdp": 4}, 1.0),
-      (rules.TRAIN_FSDP, {"data": 2, "fsdp": 2}, 1.0),
-      (rules.SERVE, {"tensor": 2}, 1.0),
+    for table, axes in (
+      (rules.TRAIN_FSDP, {"fsdp": 4}),
+      (rules.TRAIN_FSDP, {"data": 2, "fsdp": 2}),
+      (rules.SERVE, {"tensor": 2}),
     ):
-      count = int(np.prod(list(axes.values())))
-      mesh = meshes.make_mesh(**axes, devices=jax.devices()[:count])
+      mesh = meshes.make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
       params, shardings, read = read_sharded(directory, mesh, table, None)
       jax.tree.map(_check, params, shardings, whole)
-      # Every element once, though several devices hold it.
-      assert read <= most * size, (axes, read, size)
-    # A process that owns a part of the devices reads that part: as if two of four were its own.
+      assert read == size, (axes, read, size)  # every element once, though several hold it
+    as_one_of_two(directory, whole, size)
+  print("same")
+
+
+def as_one_of_two(directory, whole, size):
+  """A process that owns two of the four devices reads what lies on those."""
+  own = set(jax.devices()[:2])
+  every = NamedSharding.addressable_devices_indices_map
+  make = jax.make_array_from_single_device_arrays
+
+  def of_two(sharding, shape):
+    return {device: index for device, index in every(sharding, shape).items() if device in own}
+
+  NamedSharding.addressable_devices_indices_map = of_two
+  jax.make_array_from_single_device_arrays = lambda shape, sharding, shards, dtype: shards
+  try:
     mesh = meshes.make_mesh(fsdp=4)
-    own = set(jax.devices()[:2])
-    every = NamedSharding.addressable_devices_indices_map
-
-    def of_two(sharding, shape):
-      return {device: index for device, index in every(sharding, shape).items() if device in own}
-
-    def assemble(shape, sharding, shards, dtype):
-      return shards
-
-    NamedSharding.addressable_devices_indices_map = of_two
-    make, jax.make_array_from_single_device_arrays = (
-      jax.make_array_from_single_device_arrays,
-      assemble,
-    )
     parts, shardings, read = read_sharded(directory, mesh, rules.TRAIN_FSDP, "float32")
+  finally:
     NamedSharding.addressable_devices_indices_map = every
     jax.make_array_from_single_device_arrays = make
-    owned = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
-      sharding = _at(shardings, path)
-      indices = {str(every(sharding, leaf.shape)[device]): device for device in own}
-      owned += len(indices) * int(np.prod(sharding.shard_shape(leaf.shape)))
-      for shard in _at(parts, path):
-        (device,) = shard.devices()
-        np.testing.assert_array_equal(shard, leaf[every(sharding, leaf.shape)[device]])
-    assert read == owned < 0.6 * size, (read, owned, size)
-  print("same")
+  owned = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
+    sharding = _at(shardings, path)
+    indices = every(sharding, leaf.shape)
+    distinct = {str(indices[device]) for device in own}
+    owned += len(distinct) * math.prod(sharding.shard_shape(leaf.shape))
+    for shard in _at(parts, path):
+      (device,) = shard.devices()
+      np.testing.assert_array_equal(shard, leaf[indices[device]])
+  assert read == owned < 0.6 * size, (read, owned, size)
 
 
 def _check(array, sharding, expected):

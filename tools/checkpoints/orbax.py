@@ -21,7 +21,9 @@ import tensorstore as ts
 
 METADATA = "_METADATA"
 CHUNK_BYTES = 64 << 20
-"""Most bytes of a chunk, and of what is gathered before it is written to a file."""
+"""Most bytes of a chunk."""
+FILE_BYTES = 32 << 20
+"""Bytes of small chunks that are gathered before they are written to a file."""
 
 Path = tuple[str, ...]
 
@@ -65,7 +67,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
       for at, part in value.parts():
         await store.with_transaction(transaction)[at].write(part)
         gathered += part.nbytes
-        if gathered >= CHUNK_BYTES:
+        if gathered >= FILE_BYTES:
           await transaction.commit_async()
           gathered, transaction = 0, ts.Transaction()
       await transaction.commit_async()
@@ -91,7 +93,8 @@ def write(directory: pathlib.Path, leaves: Mapping[Path, Leaf]) -> None:
     tree,
   )
   registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
-  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+  # Random bits of weights hardly compress, and trying takes longer than writing.
+  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
