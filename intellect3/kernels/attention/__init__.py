@@ -1,0 +1,10 @@
+"""Grouped-query attention over packed rows: one interface, several implementations.
+
+Read in this order: `interface` (what is promised, and who is chosen), `plain` (the oracle),
+`blocks` (which blocks of a packed row see each other), `blockwise` (any backend, memory linear in
+length), `tokamax` (NVIDIA GPUs).
+"""
+
+from intellect3.kernels.attention.interface import IMPLEMENTATIONS as IMPLEMENTATIONS
+from intellect3.kernels.attention.interface import attention as attention
+from intellect3.kernels.attention.interface import resolve as resolve
