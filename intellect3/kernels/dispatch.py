@@ -1,7 +1,7 @@
-"""Sort, pad and combine: how routed tokens are laid out in blocks of one expert each.
+"""Sort and combine: how routed tokens are laid out with each expert's rows side by side.
 
-Place in the ring: under `grouped_matmul`. Dropless: every (token, choice) pair gets a row; an
-expert's rows are padded to whole blocks, so every block is one plain matrix product.
+Place in the ring: under `grouped_matmul`. Dropless: every (token, choice) pair gets a row. Which
+row follows from counting, so no sort is needed, and an expert's rows are in the order of tokens.
 """
 
 from typing import NamedTuple
@@ -11,72 +11,94 @@ import jax.numpy as jnp
 
 
 class Plan(NamedTuple):
-  """Where each routed pair sits. M blocks of R rows; M is the worst case, so shapes are static.
+  """Where each routed pair sits: P rows, one per pair in the order of experts, then padding.
 
   Attributes:
-    rows_TA: int32 [T, A], the row (of M * R) of token t's choice a.
-    tokens_MR: int32 [M, R], the token of each row; T (one past the last) where it is padding.
-    experts_M: int32 [M], the expert of each block.
-    used_M: bool [M], whether the block holds any pair.
+    rows_TA: int32 [T, A], the row of token t's choice a.
+    tokens_P: int32 [P], the token of each row; 0 in the padding.
+    starts_E: int32 [E], each expert's first row.
+    counts_E: int32 [E], its rows.
+    blocks_E: int32 [E], the blocks that hold them.
+    used_E: int32 [E], the experts with any row, ascending, then zeros.
+    num_used: int32 [], how many those are.
   """
 
   rows_TA: jax.Array
-  tokens_MR: jax.Array
-  experts_M: jax.Array
-  used_M: jax.Array
+  tokens_P: jax.Array
+  starts_E: jax.Array
+  counts_E: jax.Array
+  blocks_E: jax.Array
+  used_E: jax.Array
+  num_used: jax.Array
 
 
 def plan(experts_TA: jax.Array, *, num_experts: int, block_size: int) -> Plan:
-  """Lays out routed pairs in blocks of `block_size` rows of one expert each.
+  """Sorts routed pairs by expert.
 
   Args:
     experts_TA: integer [T, A], the chosen experts, each in [0, num_experts).
     num_experts: E.
-    block_size: R, rows per block.
+    block_size: rows per block; so many rows of padding follow, so that a block that starts at any
+      expert's row stays within.
   """
   tokens, choices = experts_TA.shape
-  pairs = tokens * choices
-  # Every expert wastes less than one block; an expert without a pair has none.
-  blocks = pairs // block_size + min(num_experts, pairs)
-  flat_P = experts_TA.reshape(-1)
-  order_P = jnp.argsort(flat_P, stable=True)
-  sorted_P = flat_P[order_P]
-  counts_E = jnp.bincount(flat_P, length=num_experts)
-  first_E = jnp.cumsum(counts_E) - counts_E
-  blocks_E = -(-counts_E // block_size)
-  last_block_E = jnp.cumsum(blocks_E)
-  rank_P = jnp.arange(pairs) - first_E[sorted_P]
-  row_P = (last_block_E - blocks_E)[sorted_P] * block_size + rank_P
-  rows_TA = jnp.zeros(pairs, jnp.int32).at[order_P].set(row_P.astype(jnp.int32))
-  tokens_MR = jnp.full(blocks * block_size, tokens, jnp.int32)
-  tokens_MR = tokens_MR.at[row_P].set((order_P // choices).astype(jnp.int32))
-  block_M = jnp.arange(blocks)
-  experts_M = jnp.searchsorted(last_block_E, block_M, side="right")
+  experts_TA = experts_TA.astype(jnp.int32)
+  chosen_TAE = experts_TA[:, :, None] == jnp.arange(num_experts)
+  chosen_TE = jnp.sum(chosen_TAE, axis=1, dtype=jnp.int32)
+  until_TE = jnp.cumsum(chosen_TE, axis=0)
+  counts_E = until_TE[-1]
+  starts_E = jnp.cumsum(counts_E) - counts_E
+  # Pairs of earlier tokens come first, then the token's own earlier choices of the same expert.
+  first_TA = jnp.take_along_axis(starts_E + until_TE - chosen_TE, experts_TA, axis=1)
+  earlier_AA = jnp.tri(choices, k=-1, dtype=bool)
+  again_TAA = (experts_TA[:, :, None] == experts_TA[:, None, :]) & earlier_AA
+  rows_TA = first_TA + jnp.sum(again_TAA, axis=2, dtype=jnp.int32)
+  tokens_TA = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], rows_TA.shape)
+  used_E = counts_E > 0
+  place_E = jnp.where(used_E, jnp.cumsum(used_E) - 1, num_experts)
+  ascending_E = jnp.arange(num_experts, dtype=jnp.int32)
   return Plan(
-    rows_TA=rows_TA.reshape(tokens, choices),
-    tokens_MR=tokens_MR.reshape(blocks, block_size),
-    experts_M=jnp.minimum(experts_M, num_experts - 1).astype(jnp.int32),
-    used_M=block_M < last_block_E[-1],
+    rows_TA=rows_TA,
+    tokens_P=_scatter(tokens_TA, rows_TA, tokens * choices + block_size),
+    starts_E=starts_E,
+    counts_E=counts_E,
+    blocks_E=(counts_E + block_size - 1) // block_size,
+    used_E=jnp.zeros(num_experts, jnp.int32).at[place_E].set(ascending_E, mode="drop"),
+    num_used=jnp.sum(used_E, dtype=jnp.int32),
   )
 
 
-def take_rows(x_TD: jax.Array, tokens_R: jax.Array) -> jax.Array:
-  """The rows of some tokens; zeros for padding (token index T)."""
-  return jnp.take(x_TD, tokens_R, axis=0, mode="fill", fill_value=0)
+def _scatter(values_TA: jax.Array, rows_TA: jax.Array, rows: int) -> jax.Array:
+  zeros_P = jnp.zeros(rows, values_TA.dtype)
+  return zeros_P.at[rows_TA].set(values_TA, unique_indices=True, mode="promise_in_bounds")
+
+
+def sort(values_TA: jax.Array, plan: Plan) -> jax.Array:
+  """One value per pair, in the order of rows: [P], zeros in the padding."""
+  return _scatter(values_TA, plan.rows_TA, plan.tokens_P.shape[0])
+
+
+def take(array: jax.Array, rows: jax.Array) -> jax.Array:
+  """Rows of an array by indices known to lie within."""
+  return array.at[rows].get(mode="promise_in_bounds")
 
 
 def combine(y_PD: jax.Array, plan: Plan, weights_TA: jax.Array | None = None) -> jax.Array:
-  """Sums each token's rows, weighted if weights are given: a gather, in one fixed order.
+  """Sums each token's rows, weighted if weights are given, in the order of its choices.
 
   Args:
-    y_PD: [M * R, D], one row per pair (and padding).
+    y_PD: [P, D], one row per pair (and padding).
     plan: the layout.
     weights_TA: [T, A] or None.
 
   Returns:
     [T, D] float32.
   """
-  y_TAD = y_PD[plan.rows_TA].astype(jnp.float32)
-  if weights_TA is None:
-    return jnp.sum(y_TAD, axis=1)
-  return jnp.einsum("TAD,TA->TD", y_TAD, weights_TA.astype(jnp.float32))
+  # Choice by choice: the sum fuses with the gathers, and no [T, A, D] array is made.
+  sum_TD = jnp.zeros((plan.rows_TA.shape[0], y_PD.shape[1]), jnp.float32)
+  for choice in range(plan.rows_TA.shape[1]):
+    rows_TD = take(y_PD, plan.rows_TA[:, choice]).astype(jnp.float32)
+    if weights_TA is not None:
+      rows_TD = rows_TD * weights_TA[:, choice, None].astype(jnp.float32)
+    sum_TD = sum_TD + rows_TD
+  return sum_TD

@@ -1,0 +1,80 @@
+"""The routed experts by Triton kernels of the package tokamax, on NVIDIA GPUs.
+
+Place in the ring: an implementation of `interface`. The pairs' rows are sorted by expert
+(`kernels.dispatch`) and multiplied by their expert's matrices in one kernel per stack. Only the
+Triton kernels are asked for: another would be XLA's ragged dot, which multiplies every expert.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from intellect3.kernels import dispatch
+
+
+def expert_mlp(
+  x_TD: jax.Array,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+  experts_TA: jax.Array,
+  weights_TA: jax.Array,
+) -> jax.Array:
+  """See `interface.expert_mlp`; hidden activations are in the dtype of x."""
+  import tokamax
+
+  plan = dispatch.plan(experts_TA, num_experts=gate_EDF.shape[0], block_size=0)
+  multiply = functools.partial(
+    tokamax.ragged_dot, group_sizes=plan.counts_E, implementation="triton"
+  )
+  x_PD = _spread(x_TD, plan)
+  gated_PF = jax.nn.silu(multiply(x_PD, gate_EDF)) * multiply(x_PD, up_EDF)
+  y_TD = _combine(multiply(gated_PF, down_EFD), weights_TA, plan)
+  return y_TD.astype(x_TD.dtype)
+
+
+def _no_gradient(plan: dispatch.Plan) -> Any:
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), plan)
+
+
+@jax.custom_vjp
+def _spread(x_TD: jax.Array, plan: dispatch.Plan) -> jax.Array:
+  """Each pair's token, [P, D]. The gradient is a sum of gathers; autodiff's would be a scatter."""
+  return dispatch.take(x_TD, plan.tokens_P)
+
+
+def _spread_fwd(x_TD: jax.Array, plan: dispatch.Plan) -> tuple[jax.Array, dispatch.Plan]:
+  return _spread(x_TD, plan), plan
+
+
+def _spread_bwd(plan: dispatch.Plan, dx_PD: jax.Array) -> tuple[jax.Array, Any]:
+  return dispatch.combine(dx_PD, plan).astype(dx_PD.dtype), _no_gradient(plan)
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@jax.custom_vjp
+def _combine(y_PD: jax.Array, weights_TA: jax.Array, plan: dispatch.Plan) -> jax.Array:
+  """Each token's weighted sum, [T, D] float32; gathers in both directions, too."""
+  return dispatch.combine(y_PD, plan, weights_TA)
+
+
+def _combine_fwd(y_PD: jax.Array, weights_TA: jax.Array, plan: dispatch.Plan) -> Any:
+  return _combine(y_PD, weights_TA, plan), (y_PD, weights_TA, plan)
+
+
+def _combine_bwd(saved: Any, dout_TD: jax.Array) -> Any:
+  y_PD, weights_TA, plan = saved
+  dout_PD = dispatch.take(dout_TD, plan.tokens_P)
+  weights_P = dispatch.sort(weights_TA.astype(jnp.float32), plan)
+  dweights_P = jnp.sum(dout_PD * y_PD.astype(jnp.float32), axis=1)
+  dweights_TA = dispatch.take(dweights_P, plan.rows_TA)
+  dy_PD = (weights_P[:, None] * dout_PD).astype(y_PD.dtype)
+  return dy_PD, dweights_TA.astype(weights_TA.dtype), _no_gradient(plan)
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
