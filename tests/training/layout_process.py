@@ -1,4 +1,7 @@
-"""Run by test_layout in a process of its own: one step on four fake devices and on one."""
+"""Run by test_layout in a process of its own: one step on four fake devices and on one.
+
+With all that a step may do: experts are replayed, and the router's bias is updated.
+"""
 
 import dataclasses
 import os
@@ -31,13 +34,23 @@ def one_step(mesh, made):
   shardings = layout.state_shardings(CONFIG, made, mesh, TRAIN_FSDP)
   state = layout.make_state(CONFIG, made, shardings, seed=0)
   train_step = step.make_train_step(
-    CONFIG, masked_importance_loss, made, micro_rows=4, head_chunk_size=16
+    CONFIG, masked_importance_loss, made, micro_rows=4, head_chunk_size=16, router_bias_rate=RATE
   )
-  batch = pack(records(LENGTHS), ROWS, row_length=8, row_count=8)
+  batch = replayed(pack(records(LENGTHS), ROWS, row_length=8, row_count=8))
   compiled = layout.compile_step(train_step, shardings, mesh, TRAIN_FSDP)
   state, metrics = compiled(state, placement.place(batch, mesh))
   jax.tree.map(lambda leaf, sharding: _laid(leaf, sharding), state, shardings)
   return state, metrics
+
+
+def replayed(batch):
+  """The batch with the experts of some server; each row's last token has none."""
+  rng = np.random.default_rng(0)
+  ids = np.broadcast_to(np.arange(CONFIG.num_experts), (*batch.tokens.shape, 1, CONFIG.num_experts))
+  experts = rng.permuted(ids, axis=-1)[..., : CONFIG.num_experts_per_token].astype(np.uint8)
+  recorded = batch.segment_ids > 0
+  recorded[:, -1] = False
+  return batch._replace(routed_experts=experts, experts_recorded=recorded)
 
 
 def _laid(leaf, sharding):
@@ -62,6 +75,9 @@ def main():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * RATE), state_4.params, state_1.params
   )
+  assert 0.0 < metrics_4["router_agreement"] < 0.5
+  bias = state_4.params["moe_layers"]["moe"]["router"]["correction_bias"]
+  assert set(np.unique(np.abs(bias))) <= {np.float32(0.0), np.float32(RATE)} and np.any(bias)
   print("same")
 
 
