@@ -33,8 +33,10 @@ def test_four_devices_read_their_slices(tmp_path):
 
 
 @pytest.mark.parametrize("config", [helpers.small(qk_norm=True), presets.tiny_qwen3_moe()])
-def test_any_part_of_any_leaf(tmp_path, config):
+@pytest.mark.parametrize("parallel_bytes", [1 << 30, 0])
+def test_any_part_of_any_leaf(tmp_path, config, parallel_bytes, monkeypatch):
   """Slices along every axis, heads and experts included, against the whole array."""
+  monkeypatch.setattr(read, "_PARALLEL_BYTES", parallel_bytes)
   params = helpers.random_params(config)
   hf.save(tmp_path, config, params, shard_bytes=20_000)
   opened = source.open_source(tmp_path)

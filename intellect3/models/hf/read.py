@@ -5,6 +5,7 @@ own and nothing else; transpositions, head splits and the stacks of layers and e
 while a tensor is copied, so that nothing is held but the arrays and one slice.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import logging
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 """Bytes; a CPU device takes an array so aligned as it is, and copies any other."""
+
+_PARALLEL_BYTES, _THREADS = 64 << 20, 8
+"""Arrays from this size on are read by so many threads, each a tensor at a time."""
 
 Index = tuple[slice, ...]
 
@@ -143,15 +147,24 @@ def read(source: Source, entry: names.Entry, index: Index, dtype: np.dtype) -> n
   ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
   axes = entry.stack_axes
   out = _aligned(tuple(map(len, ranges)), dtype)
-  for at in itertools.product(*ranges[:axes]):
+
+  def fill(at: tuple[int, ...]) -> None:
     where = tuple(place - ids.start for place, ids in zip(at, ranges[:axes], strict=True))
-    place = source.places[names.name(source.config, entry, at)]
     stored.read_into(
       out[where],
       source.root,
-      place,
+      source.places[names.name(source.config, entry, at)],
       lambda tensor: layout.to_ours(entry, tensor, shape[axes:])[index[axes:]],
     )
+
+  every = itertools.product(*ranges[:axes])
+  if out.nbytes < _PARALLEL_BYTES:
+    for at in every:
+      fill(at)
+  else:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="read") as pool:
+      for _ in pool.map(fill, every):
+        pass
   if source.repeated_head and entry.path == ("embedding",):
     first, last, _ = index[0].indices(shape[0])
     check_head(source, first, last)

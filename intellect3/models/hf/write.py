@@ -17,7 +17,7 @@ from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
 from intellect3.models.hf import companions, layout, names
 from intellect3.models.hf.source import EXTRA_LAYERS, open_source
-from intellect3.models.stored import aside, shards
+from intellect3.models.stored import aside, directory, shards
 from intellect3.models.stored.directory import Directory
 from intellect3.models.stored.shards import Deferred
 
@@ -70,8 +70,10 @@ def _deferred(
   entry: names.Entry, array: Any, at: tuple[int, ...], shape: tuple[int, ...], kind: np.dtype
 ) -> Deferred:
   def make() -> np.ndarray:
-    ours = np.asarray(jax.device_get(array[at]))
-    return np.ascontiguousarray(layout.to_stored(entry, ours), dtype=kind).reshape(shape)
+    given = layout.to_stored(entry, np.asarray(jax.device_get(array[at])))
+    stored = np.empty(shape, kind)
+    directory.copy(stored, given.reshape(shape))
+    return stored
 
   return Deferred(shape, kind, make)
 

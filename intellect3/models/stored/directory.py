@@ -5,6 +5,7 @@ longer: what a process holds is the copy, and of the file only the asked slices 
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -14,6 +15,9 @@ import numpy as np
 
 from intellect3.models.stored import formats
 from intellect3.models.stored.formats import Place
+
+_BLOCK_BYTES, _PAD_BYTES = 1 << 20, 64
+_PLAIN: dict[int, type] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 Directory = str | os.PathLike[str]
 
@@ -77,7 +81,34 @@ def read_into(
     place: of the tensor.
     view: tensor as stored -> view of out's shape (a slice, a transposition; no copy).
   """
-  out[...] = view(mapped(directory, place))
+  copy(out, view(mapped(directory, place)))
+
+
+def copy(out: np.ndarray, source: np.ndarray) -> None:
+  """`out[...] = source`, several times as fast where a large source is a transposition.
+
+  Blocks that fit in a cache are converted in the order in which they lie and turned from there; the
+  rows of the block between are padded, since those of matrices whose width is a power of two would
+  all fall on the same lines of the cache.
+  """
+  if out.dtype == source.dtype and out.dtype.itemsize in _PLAIN:
+    # As integers: NumPy copies its own dtypes faster, and lets other threads run meanwhile.
+    plain = _PLAIN[out.dtype.itemsize]
+    out, source = out.view(plain), source.view(plain)
+  if source.flags.c_contiguous or source.nbytes < _BLOCK_BYTES:
+    out[...] = source
+    return
+  order = np.argsort([-stride for stride in source.strides], kind="stable")
+  lying, turned = source.transpose(order), out.transpose(order)
+  rest = lying.shape[1:]
+  row = math.prod(rest)
+  rows = max(1, _BLOCK_BYTES // (row * out.itemsize))
+  between = np.empty((rows, row + _PAD_BYTES // out.itemsize), out.dtype)
+  for start in range(0, len(lying), rows):
+    part = lying[start : start + rows]
+    block = between[: len(part), :row].reshape(len(part), *rest)
+    block[...] = part
+    turned[start : start + rows] = block
 
 
 def same(directory: Directory, one: Place, other: Place, rows: Iterable[slice]) -> bool:
