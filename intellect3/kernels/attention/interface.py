@@ -9,7 +9,7 @@ import importlib.util
 import chex
 import jax
 
-from intellect3.kernels.attention import blockwise, plain
+from intellect3.kernels.attention import blockwise, plain, tokamax
 
 IMPLEMENTATIONS = ("plain", "blockwise", "tokamax", "auto")
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -41,18 +41,18 @@ def attention(
     kv_segment_ids_BS: integer [B, S]; a key of segment 0 is seen by nobody.
     scale: factor of the scores, usually H ** -0.5.
     implementation: `plain` holds all scores [B, N, T, S] in float32; `blockwise` a block of them,
-      and skips what a packed row's blocks cannot see; `tokamax` is a Triton kernel for NVIDIA
-      GPUs, for packed rows only; `auto` is what `resolve` says of the platform traced for.
+      and skips what a packed row's blocks cannot see; `tokamax` runs kernels for NVIDIA GPUs, on
+      packed rows of 16-bit floats only; `auto` is what `resolve` says of the platform traced for.
 
   Returns:
     [B, T, N, H] in the dtype of the values. Reverse-mode differentiable in q, k and v.
 
   Raises:
-    ValueError: for an unknown implementation, one that cannot run on the platform traced for, or
-      heads that do not divide.
+    ValueError: for an unknown implementation, one that cannot run on the platform traced for or
+      with these arrays, or heads that do not divide.
   """
   platform = traced_platform()
-  name = resolve(implementation, platform)
+  name = resolve(implementation, platform, str(q_BTNH.dtype))
   chex.assert_rank([q_BTNH, k_BSKH, v_BSKH], 4)
   chex.assert_equal_shape([k_BSKH, v_BSKH])
   batch, queries, heads, _ = q_BTNH.shape
@@ -72,7 +72,8 @@ def attention(
     sharded = not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
     plan = blockwise.plan(platform, heads // kv_heads, sharded=sharded)
     return blockwise.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale, plan=plan)
-  return plain.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale)
+  attend = tokamax.attend if name == "tokamax" else plain.attend
+  return attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale)
 
 
 def traced_platform() -> str:
@@ -82,16 +83,17 @@ def traced_platform() -> str:
   return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def resolve(name: str, platform: str) -> str:
+def resolve(name: str, platform: str, dtype: str = "bfloat16") -> str:
   """The implementation that a name of the config means on a platform.
 
   Args:
     name: one of `IMPLEMENTATIONS`.
     platform: cpu, gpu or tpu.
+    dtype: of the computation.
 
   Returns:
-    `plain`, `blockwise` or `tokamax`. `auto` is `tokamax` on a GPU where that package is
-    installed, else `blockwise`.
+    `plain`, `blockwise` or `tokamax`. `auto` is `tokamax` for 16-bit floats on a GPU where that
+    package is installed, else `blockwise`.
 
   Raises:
     ValueError: for an unknown name or platform, or an implementation that cannot run there.
@@ -102,7 +104,8 @@ def resolve(name: str, platform: str) -> str:
     raise ValueError(f"platform: expected one of {PLATFORMS}, got {platform!r}")
   installed = importlib.util.find_spec("tokamax") is not None
   if name == "auto":
-    return "tokamax" if platform == "gpu" and installed else "blockwise"
+    fits = platform == "gpu" and installed and dtype in ("bfloat16", "float16")
+    return "tokamax" if fits else "blockwise"
   if name == "tokamax" and platform != "gpu":
     raise ValueError(f"attention: expected plain, blockwise or auto on {platform}, got 'tokamax'")
   if name == "tokamax" and not installed:

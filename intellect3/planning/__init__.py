@@ -1,0 +1,4 @@
+"""Planning: what a program needs on machines that are not here.
+
+`target` makes devices to compile for.
+"""
