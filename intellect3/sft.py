@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from intellect3 import telemetry
 from intellect3.losses.supervised import negative_log_likelihood
-from intellect3.models import hf
+from intellect3.models import hf, kernel_choice
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import iteration, packing, placement, sft_source
 from intellect3.sharding.mesh import make_mesh
@@ -122,7 +122,8 @@ def run(
     found = sorted({entry.name for entry in run_dir.iterdir()} - _EXPECTED_FILES)
     if found:
       raise ValueError(f"run_dir: expected none, or resume; got {run_dir} with {', '.join(found)}")
-  config = _config(model_config, model_path, model_options or {})
+  with jax.set_mesh(mesh):
+    config = kernel_choice.resolve(_config(model_config, model_path, model_options or {}))
   shardings = layout.state_shardings(config, optimizer, mesh, rules)
 
   def start() -> dict[str, Any]:

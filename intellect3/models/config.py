@@ -85,8 +85,8 @@ class ModelConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat_policy: str = "full"
-  attention: str = "plain"
-  grouped_matmul: str = "blocked"
+  attention: str = "auto"
+  grouped_matmul: str = "auto"
   expert_block_size: int = 64
 
   def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from intellect3 import rollout_log, telemetry, types
-from intellect3.models import hf
+from intellect3.models import hf, kernel_choice
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement, rollout_source
 from intellect3.rl import checks
@@ -108,12 +108,12 @@ def trainer(
     raise NotStarted(f"trainer.mesh: expected axes of {mesh_lib.AXES}, got {sorted(unknown)}")
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)  # for its checks
   float32 = {"dtype": "float32", "param_dtype": "float32"}
-  config = hf.check(shared.model_path, **{**float32, **(model_options or {})})
+  checked = hf.check(shared.model_path, **{**float32, **(model_options or {})})
   checks.number("trainer.router_bias_rate", router_bias_rate, 0)
-  router_bias.check(config, router_bias_rate)
-  if shared.renderer.vocab_size > config.vocab_size:
+  router_bias.check(checked, router_bias_rate)
+  if shared.renderer.vocab_size > checked.vocab_size:
     raise NotStarted(
-      f"renderer: expected at most the model's {config.vocab_size} ids, "
+      f"renderer: expected at most the model's {checked.vocab_size} ids, "
       f"got {shared.renderer.vocab_size}"
     )
 
@@ -124,6 +124,7 @@ def trainer(
     logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, axes)
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(device_mesh))
+      config = kernel_choice.resolve(checked)
       shardings = layout.state_shardings(config, optimizer, device_mesh, rules.TRAIN_FSDP)
       # Not kept in a variable: the state alone holds the parameters.
       state = layout.make_state(

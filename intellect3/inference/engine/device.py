@@ -25,7 +25,7 @@ from intellect3.inference.engine.batcher import Plan
 from intellect3.inference.engine.programs import Shape, State
 from intellect3.inference.engine.steps import Decode, Decoded, Prefill, Prefilled
 from intellect3.models import cache as kv_cache
-from intellect3.models import hf, transformer
+from intellect3.models import hf, kernel_choice, transformer
 from intellect3.models.config import ModelConfig
 from intellect3.sharding import mesh as meshes
 from intellect3.sharding import rules, specs
@@ -251,6 +251,7 @@ def load(
     raise ValueError(f"Cannot find any model weights with `{path}`.")
   dtypes = {"dtype": dtype or param_dtype, "param_dtype": param_dtype}
   config = hf.check(path, **{key: value for key, value in dtypes.items() if value is not None})
+  config = kernel_choice.resolve(config)
   _, shardings = _layout(config, tensor_parallel)
   return config, hf.load_sharded(path, config, shardings, dtype=param_dtype)
 
