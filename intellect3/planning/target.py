@@ -1,13 +1,13 @@
 """GPUs that are not here, as devices to compile for.
 
 Place in the ring: beside it. XLA compiles for a GPU from its description alone; needed are jax's
-CUDA plugin and compiler (`pip install 'intellect3[plan]'`), neither a GPU nor NVIDIA's libraries.
+CUDA plugin and compiler (requirements-plan.lock), neither a GPU nor NVIDIA's libraries.
 
     device = target.cuda_devices("h200", 1)[0]
     with jax.default_device(device):
       compiled = jax.jit(f, in_shardings=SingleDeviceSharding(device)).lower(*shapes).compile()
 
-Set JAX_PLATFORMS=cpu in such a process: jax would look for a real GPU, in vain and with a traceback.
+Set JAX_PLATFORMS=cpu in such a process: else jax looks for a real GPU, in vain, with a traceback.
 """
 
 import importlib.util
@@ -60,7 +60,7 @@ device_description_str: "{name}"
 def missing() -> str | None:
   """Why `cuda_devices` cannot work here; None where it can."""
   if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
-    return f"none of {PLUGINS} is installed (pip install 'intellect3[plan]')"
+    return f"none of {PLUGINS} is installed (pip install --requirement requirements-plan.lock)"
   return None
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intellect3.kernels.attention import attention
+from intellect3.kernels.attention import attention, interface, tokamax
+from tests.kernels import attention_cases as cases
 
 B, T, S, N, K, H = 2, 7, 9, 6, 2, 4
 
@@ -79,3 +80,63 @@ def test_wrong_arguments_are_named():
     attention(**{**arrays, "q_BTNH": arrays["q_BTNH"][:, :, :5]}, scale=1.0)
   with pytest.raises(AssertionError):
     attention(**{**arrays, "kv_positions_BS": arrays["q_positions_BT"]}, scale=1.0)
+
+
+@pytest.mark.parametrize(
+  ("name", "platform", "dtype", "installed", "expected"),
+  [
+    ("auto", "cpu", "bfloat16", True, "blockwise"),
+    ("auto", "tpu", "bfloat16", True, "blockwise"),
+    ("auto", "gpu", "bfloat16", True, "tokamax"),
+    ("auto", "gpu", "float32", True, "blockwise"),
+    ("auto", "gpu", "bfloat16", False, "blockwise"),
+    ("plain", "gpu", "bfloat16", True, "plain"),
+    ("tokamax", "gpu", "float16", True, "tokamax"),
+    ("tokamax", "gpu", "bfloat16", False, "'tokamax', which is not installed"),
+    ("tokamax", "cpu", "bfloat16", True, "plain, blockwise or auto on cpu, got 'tokamax'"),
+    ("flash", "cpu", "bfloat16", True, "got 'flash'"),
+    ("auto", "cuda", "bfloat16", True, "platform: expected one of .* got 'cuda'"),
+  ],
+)
+def test_names_resolve_by_platform(name, platform, dtype, installed, expected, monkeypatch):
+  monkeypatch.setattr(
+    interface.importlib.util, "find_spec", lambda package: package if installed else None
+  )
+  if " " in expected:
+    with pytest.raises(ValueError, match=expected):
+      interface.resolve(name, platform, dtype)
+  else:
+    assert interface.resolve(name, platform, dtype) == expected
+
+
+def test_the_platform_is_that_of_the_mesh_traced_for():
+  assert interface.traced_platform() == "cpu"
+  with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+    assert interface.traced_platform() == "cpu"
+  with pytest.raises(ValueError, match="on cpu, got 'tokamax'"):
+    attention(**inputs(), scale=1.0, implementation="tokamax")
+
+
+def test_a_packed_rows_keys_run_from_its_segments_start():
+  """What tokamax's mask is told, against token pairs."""
+  arguments = cases.packed([[4, 1, 3], [7], []], 11, 1, 1, 1)
+  starts_BT = np.asarray(tokamax.segment_starts(jnp.asarray(arguments["q_segment_ids_BT"])))
+  index = np.arange(11)
+  runs = (index >= starts_BT[:, :, None]) & (index <= index[:, None])
+  real = arguments["q_segment_ids_BT"] != 0
+  np.testing.assert_array_equal(runs[real], cases.visible(arguments)[real])
+  np.testing.assert_array_equal(runs[~real].sum(-1), 1)
+
+
+def test_what_tokamax_cannot_do_is_named():
+  arguments = cases.packed([[4, 1, 3]], 8, 2, 1, 4)
+  with pytest.raises(ValueError, match="dtype: tokamax expects bfloat16 or float16, got float32"):
+    tokamax.attend(**arguments, scale=1.0)
+  half = {
+    name: jnp.asarray(array, jnp.bfloat16) if name in cases.FLOATS else array
+    for name, array in arguments.items()
+  }
+  with pytest.raises(ValueError, match="expects a Hopper GPU or newer"):
+    tokamax.attend(**half, scale=1.0)
+  with pytest.raises(ValueError, match="the same arrays as ids of queries and keys"):
+    tokamax.attend(**{**half, "kv_positions_BS": half["q_positions_BT"] + 1}, scale=1.0)

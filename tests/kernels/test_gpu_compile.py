@@ -1,0 +1,77 @@
+"""Attention compiled for an H200 that is not here: forward and backward, which kernels, how much
+memory."""
+
+import pytest
+
+from intellect3.planning import target
+from tests.kernels import deviceless
+
+COMPILE = """
+import json, re, sys
+import jax, jax.numpy as jnp
+from intellect3.kernels.attention import attention
+from intellect3.planning import target
+
+T, N, K, H = 16_384, 24, 2, 128
+device = target.cuda_devices("h200")[0]
+place = jax.sharding.SingleDeviceSharding(device)
+array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def step(q, k, v, dout, segment_ids, positions):
+  def attend(q, k, v):
+    return attention(
+      q, k, v, q_positions_BT=positions, kv_positions_BS=positions,
+      q_segment_ids_BT=segment_ids, kv_segment_ids_BS=segment_ids,
+      scale=H**-0.5, implementation="auto",
+    )
+  out, pull = jax.vjp(attend, q, k, v)
+  return out, pull(dout)
+
+
+found = {}
+for dtype in ("bfloat16", "float32"):
+  q, k = array(1, T, N, H, dtype=dtype), array(1, T, K, H, dtype=dtype)
+  ids = array(1, T, dtype="int32")
+  with jax.default_device(device), jax.set_mesh(jax.sharding.Mesh([device], ("data",))):
+    compiled = jax.jit(step).lower(q, k, k, q, ids, ids).compile()
+  found[dtype] = {
+    "kernels": sorted(set(re.findall(r'custom_call_target="([^"]*)"', compiled.as_text()))),
+    "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    "device": device.device_kind,
+  }
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+  return deviceless.run(COMPILE, packages=("tokamax",))
+
+
+def test_auto_takes_the_mosaic_kernels_for_bfloat16(compiled):
+  assert compiled["bfloat16"]["device"] == "NVIDIA H200"
+  assert any(name.startswith("mosaic_gpu") for name in compiled["bfloat16"]["kernels"])
+
+
+def test_auto_takes_blocks_for_float32(compiled):
+  assert not any(name.startswith("mosaic") for name in compiled["float32"]["kernels"])
+
+
+def test_temporaries_are_linear_in_length(compiled):
+  """A mask or scores of 16,384 by 16,384 would be 256 MiB a byte and head."""
+  assert compiled["bfloat16"]["temporaries"] < 600 * 2**20
+  assert compiled["float32"]["temporaries"] < 1500 * 2**20
+
+
+def test_a_target_that_cannot_be_is_named():
+  with pytest.raises(ValueError, match=r"name: expected one of \('h100', 'h200'\), got 'b200'"):
+    target.cuda_devices("b200")
+  with pytest.raises(ValueError, match="count: expected 1 to 8, or a multiple of 8, got 12"):
+    target.cuda_devices("h100", 12)
+
+
+def test_a_missing_plugin_is_named(monkeypatch):
+  monkeypatch.setattr(target, "PLUGINS", ("no_such_plugin",))
+  with pytest.raises(ValueError, match=r"'no_such_plugin',\) is installed \(pip install"):
+    target.cuda_devices("h100", 1)
