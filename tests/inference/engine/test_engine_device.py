@@ -11,72 +11,33 @@ import engine_formula as formula
 import jax
 import numpy as np
 import pytest
+from engine_house import (
+  CONFIG,
+  CONTEXT,
+  PAGE,
+  SHAPE,
+  TOP,
+  house,
+  make_device,
+  prompt_of,
+  serve,
+)
 from engine_trainer import Trainer, log_softmax
 
 from intellect3.inference.engine.control import MEMORY_TAGS
 from intellect3.inference.engine.device import Device
-from intellect3.inference.engine.programs import Shape
 from intellect3.inference.engine.steps import MAX_STOP_IDS
 from intellect3.models import presets
 from tests.models import helpers
 
-CONFIG = helpers.small()
 PARAMS = helpers.random_params(CONFIG)
 TRAINER = Trainer(CONFIG, PARAMS)
-CONTEXT, SLOTS, PAGES, PAGE, CHUNK, TOP = 64, 4, 36, 8, 4, 3
-SHAPE = Shape(steps=4, max_top=TOP, experts=True)
-
-
-def house(**more):
-  sizes = {"slots": SLOTS, "pages": PAGES, "page": PAGE, "rows": 3, "chunk": CHUNK, "steps": 4}
-  return formula.batcher(**{**sizes, "context": CONTEXT, **more})
-
-
-def make_device(config, params):
-  made = Device(
-    config,
-    params,
-    slots=SLOTS,
-    pages=PAGES,
-    page_size=PAGE,
-    context_length=CONTEXT,
-    shape=SHAPE,
-  )
-  made.warm_up(*house().padding())
-  return made
 
 
 @pytest.fixture(scope="module")
 def device():
   """Compiled once; tests leave it with PARAMS and whatever cache."""
   return make_device(CONFIG, PARAMS)
-
-
-def serve(device, arrivals, rooms=None, events=()):
-  """Runs sequences that arrive at given steps; returns them by rid.
-
-  Args:
-    device: computes.
-    arrivals: (step, sequence) pairs.
-    rooms: the batcher.
-    events: (step, function of the batcher) pairs.
-  """
-  rooms = house(deterministic=True) if rooms is None else rooms
-  for turn in range(1000):
-    for at, who in arrivals:
-      if at == turn:
-        rooms.add(who)
-    for at, event in events:
-      if at == turn:
-        event(rooms)
-    formula.step(rooms, device.run)
-    if rooms.idle and all(at <= turn for at, _ in arrivals):
-      return {who.request.rid: who for _, who in arrivals}
-  raise AssertionError("not all of them end")
-
-
-def prompt_of(length, seed=0):
-  return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).tolist()
 
 
 def mixed_arrivals():
