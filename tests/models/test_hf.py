@@ -11,6 +11,7 @@ import safetensors
 from intellect3.models import hf, presets
 from intellect3.models.config import ModelConfig
 from intellect3.models.hf import companions, names, write
+from intellect3.models.stored import aside
 from tests.models import helpers
 
 CONFIG = helpers.small()
@@ -162,6 +163,14 @@ def test_a_save_that_breaks_off_leaves_nothing(tmp_path, params, monkeypatch):
         hf.save(tmp_path / name, CONFIG, params)
   assert [path.name for path in tmp_path.iterdir()] == ["there"]
   assert_same(hf.load(tmp_path / "there")[1], old)
+  # Broken off between two files: no checkpoint any more, and not the half of two.
+  with monkeypatch.context() as patch:
+    patch.setattr(aside.os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+      hf.save(tmp_path / "there", CONFIG, params)
+  with pytest.raises(ValueError, match=r"config.json: cannot be read"):
+    hf.load(tmp_path / "there")
+  hf.save(tmp_path / "there", CONFIG, old, shard_bytes=20_000)
   # One file takes the place of several, and nobody else's file is touched.
   hf.save(tmp_path / "there", CONFIG, params)
   assert_same(hf.load(tmp_path / "there")[1], params)

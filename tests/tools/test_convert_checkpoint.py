@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+import tensorstore as ts
 
 from intellect3.models import hf, presets
 from intellect3.models.stored import directory as stored
@@ -146,6 +147,20 @@ def test_checkpoints_of_a_run(tmp_path):
   assert (tmp_path / "b" / "tokenizer.json").is_file()
   assert run("verify", steps, tmp_path / "c") == 0
   assert run("verify", steps, tmp_path / "c", "--step", 2) == 1
+
+
+@pytest.mark.parametrize("chunk", [(1, 1, 4), (1, 3, 2), (2, 3, 4), (5, 6, 4), (3, 4, 4)])
+def test_parts_of_any_chunks_each_read_once(chunk):
+  values = np.arange(5 * 6 * 4, dtype=np.float32).reshape(5, 6, 4)
+  layout = {"chunk": {"shape": list(chunk)}}
+  spec = {"driver": "zarr3", "kvstore": "memory://", "schema": {"chunk_layout": layout}}
+  store = ts.open(spec, create=True, dtype=ts.float32, shape=values.shape).result()
+  store.write(values).result()
+  array = orbax.Array(store)
+  for axes in (1, 2):
+    for at in np.ndindex(values.shape[:axes]):
+      np.testing.assert_array_equal(array.read(at), values[at])
+  np.testing.assert_array_equal(array.read(()), values)
 
 
 def test_bad_input_is_told_and_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -92,7 +92,10 @@ def write(directory: pathlib.Path, leaves: Mapping[Path, Leaf]) -> None:
     ),
     tree,
   )
-  registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler()))
+  # Orbax warns of a registry without handlers of jax.Array.
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (Leaf, _LeafHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+  )
   # Random bits of weights hardly compress, and trying takes longer than writing.
   handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
   with ocp.Checkpointer(handler) as checkpointer:

@@ -89,7 +89,7 @@ def config_values(
     ValueError: what the source says besides makes it another model; it names the keys.
   """
   own = dataclasses.replace(config, param_dtype=dtype).to_hf()
-  rest = {key: raw[key] for key in raw if key not in own and key not in _OWN_TO_A_FILE}
+  rest = {key: raw[key] for key in raw if key not in _OWN_TO_A_FILE}
   if extra_layers:
     own[EXTRA_LAYERS] = extra_layers
   ours, both = hf_config.read(own), hf_config.read({**rest, **own})
