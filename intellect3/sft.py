@@ -26,7 +26,7 @@ from intellect3.models.config import ModelConfig
 from intellect3.pipeline import iteration, packing, placement, sft_source
 from intellect3.sharding.mesh import make_mesh
 from intellect3.sharding.rules import TRAIN_FSDP, Rules
-from intellect3.training import checkpoint, flops, layout
+from intellect3.training import checkpoint, flops, layout, router_bias
 from intellect3.training import state as states
 from intellect3.training.optimizer import Optimizer
 from intellect3.training.step import make_train_step, supervised
@@ -52,6 +52,7 @@ def run(
   row_counts: Sequence[int] | None = None,
   loss_fn: Callable[..., Any] = negative_log_likelihood,
   head_chunk_size: int = 256,
+  router_bias_rate: float = 0.0,
   mesh: Mesh | None = None,
   rules: Rules = TRAIN_FSDP,
   seed: int = 0,
@@ -79,6 +80,7 @@ def run(
     row_counts: allowed numbers of rows of a batch; None: `micro_rows` times the powers of two.
     loss_fn: `(logprobs, loss_mask, *, denominator) -> (loss, metrics)`.
     head_chunk_size: tokens per chunk of the vocabulary head.
+    router_bias_rate: of `training.router_bias`; 0 leaves the routers' correction bias frozen.
     mesh: of `sharding.mesh.make_mesh`; None lays all devices along `fsdp`.
     rules: logical axis -> mesh axis, of `sharding.rules`.
     seed: of the initial parameters.
@@ -124,6 +126,7 @@ def run(
       raise ValueError(f"run_dir: expected none, or resume; got {run_dir} with {', '.join(found)}")
   with jax.set_mesh(mesh):
     config = kernel_choice.resolve(_config(model_config, model_path, model_options or {}))
+  router_bias.check(config, router_bias_rate)
   shardings = layout.state_shardings(config, optimizer, mesh, rules)
 
   def start() -> dict[str, Any]:
@@ -134,6 +137,7 @@ def run(
       optimizer,
       micro_rows=micro_rows,
       head_chunk_size=head_chunk_size,
+      router_bias_rate=router_bias_rate,
     )
     train_step = layout.compile_step(step, shardings, mesh, rules)
     stopping = stop or threading.Event()
