@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from intellect3.kernels import dispatch
-from intellect3.kernels.grouped_matmul import expert_mlp
+from intellect3.kernels.grouped_matmul import expert_mlp, resolve
 
 T, D, F, E, A = 29, 6, 5, 7, 3
 NAMES = ("x", "gate", "up", "down", "weights")
@@ -92,6 +92,75 @@ def test_the_backward_pass_holds_one_gradient_of_the_experts():
   lowered = run_with_gradients.lower(shapes, routed, "blocked", 8)
   stacks = 3 * experts * embed * mlp * 4
   assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * stacks
+
+
+def test_memory_grows_with_the_pairs_not_with_the_experts_per_pair():
+  """Twice the tokens need at most twice the temporaries, and no pair a copy of its expert."""
+
+  def temporaries(tokens):
+    experts, embed, mlp, choices = 16, 32, 32, 4
+    floats = [(tokens, embed), (experts, embed, mlp), (experts, embed, mlp), (experts, mlp, embed)]
+    shapes = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (*floats, (tokens, choices)))
+    routed = jax.ShapeDtypeStruct((tokens, choices), jnp.int32)
+    compiled = run_with_gradients.lower(shapes, routed, "blocked", 64).compile()
+    return compiled.memory_analysis().temp_size_in_bytes, tokens * choices
+
+  (few, pairs), (many, _) = temporaries(2048), temporaries(4096)
+  assert many < 2.1 * few
+  # Per pair a row of x's width, two of the experts', and indices; a copy of the expert for every
+  # block of 64 rows would add 48 numbers.
+  assert few < pairs * 4 * (32 + 2 * 32 + 64)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+  shape=st.sampled_from([(1, 1, 1), (1, 8, 8), (13, 1, 1), (13, 5, 1), (40, 16, 5)]),
+  spread=st.sampled_from(["all to one", "few", "even"]),
+  seed=st.integers(0, 1000),
+)
+def test_blocked_is_dense_for_any_shape_and_routing(shape, spread, seed):
+  tokens, experts, choices = shape
+  rng = np.random.default_rng(seed)
+  slope = {"all to one": 100.0, "few": 3.0, "even": 0.0}[spread]
+  keys = rng.random((tokens, experts)) + slope * np.arange(experts)
+  chosen = np.argsort(keys, axis=1)[:, :choices].astype(np.int32)
+  x = rng.standard_normal((tokens, 3))
+  gate, up = rng.standard_normal((2, experts, 3, 2))
+  down, weights = rng.standard_normal((experts, 2, 3)), rng.random((tokens, choices))
+  floats = tuple(np.float32(array) for array in (x, gate, up, down, weights))
+  gradients, out = run_with_gradients(floats, chosen, "blocked", 8)
+  expected_gradients, expected = run_with_gradients(floats, chosen, "dense", 1)
+  np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+  for name, given, want in zip(NAMES, gradients, expected_gradients, strict=True):
+    np.testing.assert_allclose(given, want, atol=2e-5 * np.abs(want).max() + 1e-7, err_msg=name)
+
+
+def test_a_token_does_not_depend_on_the_others():
+  floats, experts = inputs()
+  alone = jax.jit(run, static_argnames=("implementation", "block_size"))
+  out = alone(*floats, experts, "blocked", 8)
+  x = floats[0].at[1:].set(floats[0][1:][::-1] * 2)
+  others = np.concatenate([experts[:1], np.broadcast_to([4, 1, 2], (T - 1, A))]).astype(np.int32)
+  np.testing.assert_array_equal(alone(x, *floats[1:], others, "blocked", 8)[0], out[0])
+
+
+def test_a_name_is_resolved_by_platform(monkeypatch):
+  found = "intellect3.kernels.grouped_matmul.interface.importlib.util.find_spec"
+  monkeypatch.setattr(found, lambda name: None)
+  assert [resolve("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["blocked"] * 3
+  with pytest.raises(ValueError, match=r"grouped_matmul: .*'tokamax', which is not installed"):
+    resolve("tokamax", "gpu")
+  monkeypatch.setattr(found, lambda name: name)
+  assert [resolve("auto", platform) for platform in ("cpu", "gpu", "tpu")] == [
+    "blocked",
+    "tokamax",
+    "blocked",
+  ]
+  assert resolve("tokamax", "gpu") == "tokamax" and resolve("dense", "tpu") == "dense"
+  with pytest.raises(ValueError, match="grouped_matmul: expected dense, blocked or auto on cpu"):
+    resolve("tokamax", "cpu")
+  with pytest.raises(ValueError, match=r"platform: expected one of .*, got 'metal'"):
+    resolve("auto", "metal")
 
 
 @hypothesis.settings(max_examples=30, deadline=None)

@@ -65,8 +65,8 @@ def _forward(
   weights_TA: jax.Array,
   *,
   keep: bool,
-) -> tuple[jax.Array, list[jax.Array | None]]:
-  """Returns the result and, if they are to be kept, the pairs' products with gate and up."""
+) -> tuple[jax.Array, dispatch.Plan, list[jax.Array | None]]:
+  """Returns the result, the layout and, if to be kept, the pairs' products with gate and up."""
   experts, embed, mlp = gate_EDF.shape
   plan = dispatch.plan(experts_TA, num_experts=experts, block_size=block_size)
   rows = plan.tokens_P.shape[0]
@@ -93,13 +93,12 @@ def _forward(
     *((jnp.zeros((rows, mlp), x_TD.dtype) if keep else None) for _ in range(2)),
   )
   y_PD, *hidden_PX = jax.lax.fori_loop(0, plan.num_used, run_expert, start)
-  return dispatch.combine(y_PD, plan, weights_TA).astype(x_TD.dtype), hidden_PX
+  return dispatch.combine(y_PD, plan, weights_TA).astype(x_TD.dtype), plan, hidden_PX
 
 
 def _expert_mlp_fwd(block_size: int, *arrays: jax.Array) -> tuple[jax.Array, Any]:
-  # The plan is cheap to make again.
-  out_TD, hidden_PX = _forward(block_size, *arrays, keep=True)
-  return out_TD, (arrays, hidden_PX)
+  out_TD, plan, hidden_PX = _forward(block_size, *arrays, keep=True)
+  return out_TD, (arrays, plan, hidden_PX)
 
 
 def _expert_mlp_bwd(block_size: int, saved: Any, dout_TD: jax.Array) -> tuple[Any, ...]:
@@ -107,9 +106,7 @@ def _expert_mlp_bwd(block_size: int, saved: Any, dout_TD: jax.Array) -> tuple[An
 
   Left to autodiff, every block would add a full [E, D, F] array of mostly zeros.
   """
-  (x_TD, gate_EDF, up_EDF, down_EFD, experts_TA, weights_TA), hidden_PX = saved
-  experts, embed, _ = gate_EDF.shape
-  plan = dispatch.plan(experts_TA, num_experts=experts, block_size=block_size)
+  (x_TD, gate_EDF, up_EDF, down_EFD, experts_TA, weights_TA), plan, hidden_PX = saved
   weights_P = dispatch.sort(weights_TA.astype(jnp.float32), plan)
   dtype = x_TD.dtype
 
@@ -159,7 +156,7 @@ def _expert_mlp_bwd(block_size: int, saved: Any, dout_TD: jax.Array) -> tuple[An
 
   rows = plan.tokens_P.shape[0]
   start = (
-    jnp.zeros((rows, embed), dtype),
+    jnp.zeros((rows, x_TD.shape[1]), dtype),
     jnp.zeros((rows,), jnp.float32),
     *(jnp.zeros_like(stack) for stack in (gate_EDF, up_EDF, down_EFD)),
   )
