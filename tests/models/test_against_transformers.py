@@ -1,148 +1,138 @@
-"""The model against transformers' Glm4MoeForCausalLM in float32: an independent witness."""
-
-import functools
+"""Every family against transformers in float32, an independent witness, in unusual shapes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from intellect3.models import hf, transformer
-from tests.models import helpers
+import safetensors.numpy
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-CONFIGS = {
-  "air": helpers.small(),
-  "other_options": helpers.small(
-    attention_bias=False,
-    qk_norm=True,
-    tie_embeddings=True,
-    norm_topk_prob=False,
-    routed_scaling_factor=2.5,
-    num_shared_experts=2,
-    num_dense_layers=2,
-    num_experts_per_token=3,
-    partial_rotary_factor=1.0,
-    remat_policy="full",
-  ),
-}
+from intellect3.models import cache as kv  # noqa: E402
+from intellect3.models import hf  # noqa: E402
+from tests.models import helpers, parity  # noqa: E402
+
+PAGE, PAGES, PREFILL = 4, 20, 8
 
 
-@functools.cache
-def witness(name):
-  """A random torch model, its weights saved by transformers and loaded by us, and tokens."""
-  torch.manual_seed(0)
-  config = CONFIGS[name]
-  values = {**config.to_hf(), "attn_implementation": "eager"}
-  model = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**values)).float().eval()
-  with torch.no_grad():
-    for tensor in model.parameters():
-      tensor.add_(torch.randn_like(tensor) * 0.1)
-    for key, buffer in model.named_buffers():
-      if key.endswith("e_score_correction_bias"):
-        buffer.copy_(torch.randn_like(buffer) * 0.3)
-  return config, model
+@pytest.fixture(params=parity.CASES)
+def name(request):
+  return request.param
 
 
-@pytest.fixture(params=CONFIGS)
-def case(request, tmp_path):
-  config, model = witness(request.param)
-  model.save_pretrained(tmp_path)
-  loaded, params = hf.load(tmp_path, remat_policy=config.remat_policy)
-  assert loaded == config
-  return config, model, params
+def test_every_family_has_its_shapes():
+  configs = parity.CASES.values()
+  for family in ("glm4_moe", "qwen3", "qwen3_moe"):
+    assert sum(config.family == family for config in configs) >= 3
+  for field in ("attention", "grouped_matmul"):
+    assert len({getattr(config, field) for config in configs}) >= 2
 
 
-def routed_experts(model, tokens):
-  """Runs the torch model; returns its logits and each router's choice [L][B * T, A]."""
-  chosen = []
-  routers = [m for m in model.modules() if type(m).__name__ == "Glm4MoeTopkRouter"]
-  hooks = [r.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for r in routers]
-  logits = model(torch.tensor(tokens, dtype=torch.long)).logits
-  for hook in hooks:
-    hook.remove()
-  return logits, [experts.numpy() for experts in chosen]
+def test_logprobs_and_routed_experts(name):
+  config, model = parity.CASES[name], parity.theirs(name)
+  params, alone, result = parity.ours(name)
+  experts, counts = alone.take(result.experts, axis=1), np.zeros_like(result.load)
+  for number, text in enumerate(parity.sequences(config)):
+    with torch.no_grad():
+      expected, chosen = parity.run_theirs(model, text)
+    np.testing.assert_allclose(alone.take(result.logprobs)[number], expected, rtol=0, atol=2e-5)
+    assert len(chosen) == config.num_moe_layers
+    for layer, theirs in enumerate(chosen):
+      np.testing.assert_array_equal(np.sort(experts[number][layer]), np.sort(theirs))
+      counts[layer] += np.bincount(theirs.reshape(-1), minlength=config.num_experts)
+  np.testing.assert_array_equal(result.load, counts)
+  if config.num_moe_layers and config.router_bias:
+    # The correction bias must have mattered, or the choice was not put to the test.
+    unbiased = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf * 0 if "correction_bias" in str(path) else leaf, params
+    )
+    assert np.any(np.asarray(parity.evaluate(config, unbiased, *alone[:3]).load) != counts)
 
 
-def test_logprobs_and_routed_experts(case):
-  config, model, params = case
-  tokens, positions, segment_ids = helpers.rows(config, 3, 24)
-  with torch.no_grad():
-    logits, chosen = routed_experts(model, tokens)
-  expected = torch.log_softmax(logits, -1).numpy()
-  out = helpers.forward(config, params, tokens, positions, segment_ids)
-  given = jax.nn.log_softmax(out.hidden_BTD @ transformer.head(params, config))
-  np.testing.assert_allclose(given, expected, atol=2e-5)
-  experts = np.asarray(out.router.experts_LBTA).reshape(config.num_moe_layers, 72, -1)
-  np.testing.assert_array_equal(np.sort(experts, axis=-1), np.sort(np.stack(chosen), axis=-1))
-  counts = np.stack([np.bincount(c.reshape(-1), minlength=config.num_experts) for c in chosen])
-  np.testing.assert_array_equal(out.router.load_LE, counts)
-  # The correction bias must have mattered, or the choice was not put to the test.
-  unbiased = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: leaf * 0 if "correction_bias" in str(path) else leaf, params
-  )
-  other = helpers.forward(config, unbiased, tokens, positions, segment_ids)
-  assert np.any(np.asarray(other.router.load_LE) != counts)
-
-
-def torch_gradients(config, model, tokens):
-  """Gradients by checkpoint name; the experts' are stacked in torch and are taken apart."""
+def test_gradients_per_tensor(name):
+  config, model = parity.CASES[name], parity.theirs(name)
+  _, _, result = parity.ours(name)
+  texts = parity.sequences(config)
   model.zero_grad()
-  model(torch.tensor(tokens, dtype=torch.long), labels=torch.tensor(tokens).long()).loss.backward()
-  gradients = {}
-  for name, tensor in model.named_parameters():
-    gradient = tensor.grad.numpy()
-    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-      gradients[name] = gradient
-      continue
-    prefix, _, kind = name.rpartition(".")
-    for expert in range(config.num_experts):
-      if kind == "down_proj":
-        gradients[f"{prefix}.{expert}.down_proj.weight"] = gradient[expert]
-      else:
-        gate, up = np.split(gradient[expert], 2)
-        gradients[f"{prefix}.{expert}.gate_proj.weight"] = gate
-        gradients[f"{prefix}.{expert}.up_proj.weight"] = up
-  return gradients
-
-
-def test_gradients_per_tensor(case):
-  config, model, params = case
-  tokens, positions, segment_ids = helpers.rows(config, 3, 24)
-
-  @jax.jit
-  @jax.grad
-  def gradient(params):
-    out = transformer.Transformer(config).apply({"params": params}, tokens, positions, segment_ids)
-    logprobs = helpers.token_logprobs(config, params, out.hidden_BTD[:, :-1], tokens[:, 1:])
-    return -jnp.mean(logprobs)
-
-  ours = dict(hf.to_hf(config, gradient(params)))
-  theirs = torch_gradients(config, model, tokens)
+  total = sum(len(text) - 1 for text in texts)
+  for text in texts:
+    logprobs, _ = parity.run_theirs(model, text)
+    chosen = logprobs[:-1].gather(1, torch.tensor(text[1:, None], dtype=torch.long))
+    (-chosen.sum() / total).backward()
+  theirs = parity.gradients_by_name(config, model)
+  ours = dict(hf.to_hf(config, result.gradients))
   biases = {name for name in ours if name.endswith("e_score_correction_bias")}
-  assert len(biases) == config.num_moe_layers
+  assert len(biases) == (config.num_moe_layers if config.router_bias else 0)
   assert all(not np.any(ours[name]) for name in biases)
   assert set(ours) - biases == set(theirs)
-  for name, expected in theirs.items():
+  for tensor, expected in theirs.items():
     scale = np.abs(expected).max()
-    assert scale > 0 or "experts" in name, name
-    np.testing.assert_allclose(ours[name], expected, atol=1e-4 * scale + 1e-9, err_msg=name)
+    assert scale > 0 or "experts" in tensor, tensor
+    np.testing.assert_allclose(
+      ours[tensor], expected, rtol=0, atol=1e-4 * scale + 1e-9, err_msg=tensor
+    )
 
 
-def test_transformers_loads_what_we_save(tmp_path):
-  config = CONFIGS["air"]
-  params = helpers.random_params(config)
-  hf.save(tmp_path, config, params)
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path, output_loading_info=True
-  )
-  assert type(model).__name__ == "Glm4MoeForCausalLM"
-  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-  tokens, positions, segment_ids = helpers.rows(config, 2, 12)
-  with torch.no_grad():
-    expected = torch.log_softmax(model(torch.tensor(tokens).long()).logits, -1).numpy()
-  out = helpers.forward(config, params, tokens, positions, segment_ids)
-  given = jax.nn.log_softmax(out.hidden_BTD @ transformer.head(params, config))
-  np.testing.assert_allclose(given, expected, atol=2e-5)
+def test_packed_sequences_are_the_same_alone(name):
+  config = parity.CASES[name]
+  params, alone, apart = parity.ours(name)
+  packed = parity.rows(parity.sequences(config), parity.PACKED)
+  together = parity.evaluate(config, params, *packed[:3])
+  for field, axis in (("logprobs", 0), ("experts", 1)):
+    given = packed.take(getattr(together, field), axis)
+    expected = alone.take(getattr(apart, field), axis)
+    for ours, theirs in zip(given, expected, strict=True):
+      np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=field)
+  np.testing.assert_array_equal(together.load, apart.load)
+  for (path, given), expected in zip(
+    jax.tree_util.tree_leaves_with_path(together.gradients),
+    jax.tree.leaves(apart.gradients),
+    strict=True,
+  ):
+    bound = 2e-5 * max(float(jnp.abs(expected).max()), 1e-3)
+    assert float(jnp.abs(given - expected).max()) <= bound, jax.tree_util.keystr(path)
+
+
+def test_prefill_and_decode_are_the_full_forward(name):
+  """Each sequence's first tokens in one call, the others token by token, all rows at once."""
+  config = parity.CASES[name]
+  params, alone, result = parity.ours(name)
+  width = -(-max(parity.LENGTHS) // PAGE)
+  tables = np.random.default_rng(0).permutation(PAGES)[: 3 * width].reshape(3, width)
+  cache = kv.init(config, PAGES, PAGE)
+  hidden, experts = [], []
+  for start in (0, *range(PREFILL, max(parity.LENGTHS))):
+    columns = slice(start, start + PREFILL if start == 0 else start + 1)
+    given = [array[:, columns] for array in alone[:3]]
+    given[1] = np.broadcast_to(np.arange(columns.start, columns.stop), given[0].shape)
+    out = helpers.forward_cached(
+      config, params, *(np.asarray(array, np.int32) for array in given), cache, np.int32(tables)
+    )
+    cache = out.cache
+    hidden.append(out.hidden_BTD)
+    experts.append(out.router.experts_LBTA)
+  head = parity.transformer.head(params, config)
+  logprobs = jax.nn.log_softmax(np.concatenate(hidden, axis=1) @ head)
+  for given, expected in zip(alone.take(logprobs), alone.take(result.logprobs), strict=True):
+    np.testing.assert_allclose(given, expected, rtol=0, atol=1e-5)
+  chosen = alone.take(np.concatenate(experts, axis=2), axis=1)
+  for given, expected in zip(chosen, alone.take(result.experts, axis=1), strict=True):
+    np.testing.assert_array_equal(given, expected)
+
+
+def test_what_transformers_saves_is_what_it_was_given(name, tmp_path):
+  """Round: ours -> our file -> transformers -> its file -> ours, without a bit changed."""
+  config = parity.CASES[name]
+  parity.theirs(name).save_pretrained(tmp_path)
+  _drop_empty(tmp_path / "model.safetensors")
+  options = ("remat_policy", "attention", "grouped_matmul", "expert_block_size")
+  loaded, params = hf.load(tmp_path, **{option: getattr(config, option) for option in options})
+  assert loaded == config
+  jax.tree.map(np.testing.assert_array_equal, params, parity.ours(name)[0])
+
+
+def _drop_empty(path):
+  """Without shared experts transformers still makes their MLP, of width 0."""
+  tensors = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file({name: t for name, t in tensors.items() if t.size}, path)

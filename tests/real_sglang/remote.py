@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import uuid
@@ -171,8 +172,10 @@ def engine(checkpoint, port, log, flags=()):
     *launch.embedded_command(checkpoint, port, context_length=CONTEXT, die_with_parent=True),
     *(*SHARED_FLAGS, "--enable-return-routed-experts", *flags),
   ]
+  # As users run it: it decodes thousands of tokens, of which compiling is the smaller part.
+  environment = {**os.environ, "XLA_FLAGS": ""}
   with log.open("wb") as out:
-    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
   try:
 
     async def wait():
