@@ -17,6 +17,10 @@ import orbax.checkpoint as ocp
 
 from intellect3.training.state import TrainState
 
+CHUNK_BYTES = 64 << 20
+"""Most bytes of a stored chunk of an array, cut between layers and experts: who reads a checkpoint
+part by part (`tools.convert_checkpoint`) holds one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -78,7 +82,7 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=ocp.args.StandardSave(state, save_args=jax.tree.map(_chunks, state)),
         data=grain.checkpoint.CheckpointSave(data),
         meta=ocp.args.JsonSave({"machine": machine(), "meta": dict(meta or {})}),
       ),
@@ -139,3 +143,9 @@ class Checkpointer:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+def _chunks(leaf: jax.Array) -> ocp.SaveArgs:
+  # Stacks of matrices: [layers, ..] and [layers, experts, ..].
+  stacked = max(leaf.ndim - 2, 0)
+  return ocp.SaveArgs(shard_axes=tuple(range(stacked)), chunk_byte_size=CHUNK_BYTES)

@@ -341,6 +341,8 @@ def test_eos_of_the_model_and_bfloat16(tmp_path):
 def test_a_dense_model_has_no_routed_experts_to_return(tmp_path):
   config = presets.tiny_qwen3()
   hf.save(tmp_path, config, random_params(config, 0))
-  settings = flags.parse(["--model", str(tmp_path), "--enable-return-routed-experts"])
+  settings = flags.parse(
+    ["--model", str(tmp_path), "--port", "0", "--enable-return-routed-experts"]
+  )
   with pytest.raises(ValueError, match=r"enable_return_routed_experts: .* got qwen3 with 2 dense"):
     server.build(settings)
