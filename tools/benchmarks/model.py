@@ -75,28 +75,6 @@ class Measured(Protocol):
     ...
 
 
-def model_flops(config: Any, rows: int, length: int) -> float:
-  """Useful floating-point operations of a forward and backward pass over causal rows.
-
-  2 per multiplied parameter that a token uses and twice that backward; attention counts the visible
-  half of the scores. Norms, softmaxes and the like count nothing; nor does what is recomputed.
-  """
-  heads = config.head_dim * (config.num_heads + config.num_kv_heads)
-  attention = 2 * config.embed_dim * heads
-  expert = 3 * config.embed_dim * config.expert_mlp_dim
-  used = config.num_experts_per_token + config.num_shared_experts
-  moe = used * expert + config.embed_dim * config.num_experts
-  parameters = (
-    config.num_layers * attention
-    + config.num_dense_layers * 3 * config.embed_dim * config.mlp_dim
-    + config.num_moe_layers * moe
-    + config.embed_dim * config.vocab_size
-  )
-  visible = rows * length * (length + 1) / 2
-  scores = config.num_layers * 2 * visible * config.num_heads * config.head_dim
-  return 6.0 * (rows * length * parameters + scores)
-
-
 def whole_rows(size: step.Size, vocab_size: int, seed: int) -> dict[str, np.ndarray]:
   """Random tokens, one document per row; everything but first tokens is trained on."""
   from intellect3.pipeline import packing
@@ -116,13 +94,15 @@ def write_inputs(directory: pathlib.Path, size: step.Size, seed: int) -> dict[st
   import jax
 
   from intellect3.models import hf, presets, transformer
+  from intellect3.training.flops import train_flops
 
   config = presets.tiny(**size.model)
   params = jax.device_get(transformer.init(config, jax.random.key(seed)))
   hf.save(directory / "model", config, params)
   np.savez(directory / "batch.npz", allow_pickle=False, **whole_rows(size, config.vocab_size, seed))
   tokens = size.rows * size.length
-  flops = model_flops(config, size.rows, size.length)
+  pairs = size.rows * size.length * (size.length + 1) // 2
+  flops = train_flops(config, tokens=tokens, attended_pairs=pairs)
   return {
     "model": dataclasses.asdict(config),
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
