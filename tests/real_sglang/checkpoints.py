@@ -62,7 +62,7 @@ def token_of(piece: str) -> int:
   return byte_vocabulary.NUM_BYTES + names.index(piece)
 
 
-def random_params(seed):
+def random_params(seed, config=CONFIG):
   """Parameters whose distributions are peaked and whose biases all matter."""
   generator = np.random.default_rng(seed)
 
@@ -71,7 +71,7 @@ def random_params(seed):
     values = generator.normal(scale=0.1 if "bias" in name else 0.2, size=shape.shape)
     return (values + (name == "scale")).astype(shape.dtype)
 
-  return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(CONFIG)[0])
+  return jax.tree_util.tree_map_with_path(leaf, transformer.abstract(config)[0])
 
 
 def scripted_params():
@@ -89,9 +89,9 @@ def scripted_params():
   return params
 
 
-def write(directory, params):
+def write(directory, params, config=CONFIG):
   """Writes a checkpoint with its tokenizer, chat template and stop tokens."""
-  hf.save(directory, CONFIG, params)
+  hf.save(directory, config, params)
   write_tokenizer(directory)
   tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
   added = [AddedToken(text, special=False, normalized=False) for text in (*MARKERS, *WORDS)]

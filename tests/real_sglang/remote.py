@@ -154,23 +154,25 @@ async def session(url):
 
 
 SHARED_FLAGS = ("--tool-call-parser", "glm45", "--reasoning-parser", "glm45")
+ROUTED_EXPERTS = ("--enable-return-routed-experts",)
 
 
 @contextlib.contextmanager
-def sglang(checkpoint, port, log, flags=()):
+def sglang(checkpoint, port, log, flags=ROUTED_EXPERTS):
   """A real SGLang server."""
-  flags = (*SHARED_FLAGS, "--enable-return-routed-experts", "--random-seed", "0", *flags)
+  flags = (*SHARED_FLAGS, "--random-seed", "0", *flags)
   with serve.Server(checkpoint, port=port, log=log, flags=flags) as server:
     server.wait(240.0)
     yield server
 
 
 @contextlib.contextmanager
-def engine(checkpoint, port, log, flags=()):
+def engine(checkpoint, port, log, flags=ROUTED_EXPERTS):
   """The embedded engine, as a process of its own."""
   command = [
     *launch.embedded_command(checkpoint, port, context_length=CONTEXT, die_with_parent=True),
-    *(*SHARED_FLAGS, "--enable-return-routed-experts", *flags),
+    *SHARED_FLAGS,
+    *flags,
   ]
   # As users run it: it decodes thousands of tokens, of which compiling is the smaller part.
   environment = {**os.environ, "XLA_FLAGS": ""}
