@@ -131,12 +131,12 @@ def _theirs(name: str, sizes: Sizes, dry_run: bool) -> Any:
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(call: Callable[..., Any], *arguments: Any) -> float:
   """Median seconds of a call, after two that compile and warm up."""
   seconds = []
   for repetition in range(CALLS + 2):
     start = time.perf_counter()
-    jax.block_until_ready(call())
+    jax.block_until_ready(call(*arguments))
     if repetition >= 2:
       seconds.append(time.perf_counter() - start)
   return statistics.median(seconds)
@@ -191,7 +191,7 @@ def _stack(sizes: Sizes) -> list[dict[str, Any]]:
     work = flops.train_flops(
       dataclasses.replace(config, vocab_size=1), tokens=tokens, attended_pairs=pairs
     )
-    seconds = _seconds(lambda compiled=compiled, params=params: compiled(params))
+    seconds = _seconds(compiled, params)
     figures.append({"tokens": tokens, "layers": layers, **memory, **_rates(work, tokens, seconds)})
     del params
   return figures
@@ -262,8 +262,8 @@ def _attention(sizes: Sizes) -> list[dict[str, Any]]:
 
       forward = jax.jit(attend)
       both = jax.jit(lambda q, k, v, dout, attend=attend: jax.vjp(attend, q, k, v)[1](dout))
-      once = _seconds(lambda f=forward, a=(q, k, v): f(*a))
-      twice = _seconds(lambda f=both, a=(q, k, v, dout): f(*a))
+      once = _seconds(forward, q, k, v)
+      twice = _seconds(both, q, k, v, dout)
       work = 4.0 * heads * width * documents * length * (length + 1) / 2
       figures.append(
         {
@@ -299,8 +299,8 @@ def _experts(sizes: Sizes) -> list[dict[str, Any]]:
 
     forward = jax.jit(run)
     both = jax.jit(lambda x, *stacks, run=run: jax.vjp(run, x, *stacks)[1](x))
-    once = _seconds(lambda f=forward, a=(x, *stacks): f(*a))
-    twice = _seconds(lambda f=both, a=(x, *stacks): f(*a))
+    once = _seconds(forward, x, *stacks)
+    twice = _seconds(both, x, *stacks)
     work = 6.0 * tokens * embed * mlp
     figures.append(
       {
