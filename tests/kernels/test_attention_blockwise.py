@@ -1,6 +1,11 @@
 """Blockwise attention: values and gradients in any layout, which blocks it visits, its memory."""
 
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ from intellect3.kernels.attention import attention, blocks, blockwise, plain
 from tests.kernels import attention_cases as cases
 
 SCALE = 0.6
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def value_and_gradients(attend, arguments, dout):
@@ -194,3 +200,51 @@ def test_temporaries_are_linear_in_length():
 
   short, long = temporaries(4096), temporaries(16384)
   assert long < 4.5 * short < 4.5 * 16 * 4096 * 2 * 8 * 4
+
+
+SHARDED = """
+import functools, json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from intellect3.kernels.attention import attention
+from tests.kernels import attention_cases as cases
+
+arguments = cases.packed([[17, 9], [30]], 32, 4, 2, 8)
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+floats = [arguments.pop(name) for name in cases.FLOATS]
+
+
+def gradients(floats, ids):
+  attend = functools.partial(attention, **ids, scale=0.6, implementation="blockwise")
+  out, pull = jax.vjp(attend, *floats)
+  return out, *pull(out)
+
+
+expected = jax.jit(gradients)(floats, arguments)
+heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+rows = NamedSharding(mesh, PartitionSpec("data"))
+with jax.set_mesh(mesh):
+  compiled = jax.jit(gradients).lower(
+    jax.device_put(floats, heads), jax.device_put(arguments, rows)
+  ).compile()
+got = compiled(jax.device_put(floats, heads), jax.device_put(arguments, rows))
+errors = [float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in zip(got, expected)]
+text = compiled.as_text()
+print(json.dumps([errors, text.count("all-gather("), str(got[1].sharding.spec)]))
+"""
+
+
+def test_a_mesh_splits_rows_and_heads_without_gathering_them():
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
+  }
+  result = subprocess.run(
+    [sys.executable, "-c", SHARDED], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr[-3000:]
+  errors, gathers, spec = json.loads(result.stdout.splitlines()[-1])
+  assert max(errors) < 1e-5
+  assert not gathers
+  assert "data" in spec and "tensor" in spec

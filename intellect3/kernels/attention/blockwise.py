@@ -43,7 +43,7 @@ def plan(platform: str, groups: int, *, sharded: bool) -> Plan:
     sharded: whether the arrays may be split over devices.
   """
   if platform == "cpu":
-    return Plan(q_block=max(128, 512 // groups), kv_block=128, serial=not sharded)
+    return Plan(q_block=max(128, 256 // groups), kv_block=128, serial=not sharded)
   return Plan(q_block=512, kv_block=512, serial=False)
 
 
