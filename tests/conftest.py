@@ -14,7 +14,7 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   str(pathlib.Path(__file__).resolve().parents[1] / "build" / "jax_cache"),
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 # Tests compile far more than they compute: less effort on machine code makes compiling four times
 # as fast, and small programs run as before. `XLA_FLAGS= pytest ..` tests the code that users get.

@@ -157,12 +157,25 @@ def test_the_log_holds_what_was_trained_and_the_trainer_counted_the_same(asynchr
     assert all(len(tasks) == 1 for tasks in groups.values())
 
 
-def test_on_policy_logprobs_and_experts_agree_with_the_server_that_sampled(model, tmp_path):
-  out = tmp_path / "run"
-  settings = {"rl.run.model_path": str(model), "rl.run.steps": 2, **SYNCHRONOUS}
+@pytest.fixture(scope="module")
+def interrupted(model, tmp_path_factory):
+  """A synchronous run that Ctrl-C ended after its second step: directory, exit code, error."""
+  out = tmp_path_factory.mktemp("runs") / "interrupted"
+  settings = {"rl.run.model_path": str(model), "rl.run.steps": 500, **SYNCHRONOUS}
   settings["rl.run.replay_routed_experts"] = True
-  result = run(out, settings)
-  assert result.returncode == 0, result.stdout + result.stderr
+  process = subprocess.Popen(
+    arguments(out, settings), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+  )
+  deadline = time.monotonic() + 200
+  while not any(row["step"] >= 2 for row in rows(out, "trainer")):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(signal.SIGINT)
+  return out, process.wait(60), process.stderr.read()
+
+
+def test_on_policy_logprobs_and_experts_agree_with_the_server_that_sampled(interrupted):
+  out, _, _ = interrupted
   for row in rows(out, "trainer"):
     assert row["token_staleness_max"] == 0
     assert 0 <= row["mismatch_kl"] < 1e-8
@@ -171,6 +184,13 @@ def test_on_policy_logprobs_and_experts_agree_with_the_server_that_sampled(model
   (record, *_) = all_records(out / "rollouts", rollout_log.read_manifest(out / "rollouts", 1))
   experts = record.trajectory.routed_experts
   assert experts.shape == (len(record.trajectory.tokens) - 1, 1, 2) and experts.dtype == np.uint8
+
+
+def test_ctrl_c_ends_all(interrupted):
+  out, code, error = interrupted
+  assert code == 130
+  assert error.strip().splitlines()[-1] == "interrupted"
+  assert processes_of(out) == []
 
 
 @pytest.mark.slow
@@ -322,24 +342,6 @@ def test_a_child_that_dies_ends_the_run_and_is_named(model, tmp_path, name):
   victim.kill()
   assert process.wait(60) == 1
   assert re.search(rf"error: {name} was killed by SIGKILL.*{name}\.log", process.stderr.read())
-  assert processes_of(out) == []
-
-
-def test_ctrl_c_ends_all(model, tmp_path):
-  out = tmp_path / "run"
-  process = subprocess.Popen(
-    arguments(out, {"rl.run.model_path": str(model), "rl.run.steps": 500}),
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  deadline = time.monotonic() + 200
-  while not any(row["step"] >= 1 for row in rows(out, "trainer")):
-    assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(0.02)
-  process.send_signal(signal.SIGINT)
-  assert process.wait(60) == 130
-  assert process.stderr.read().strip().splitlines()[-1] == "interrupted"
   assert processes_of(out) == []
 
 
