@@ -120,8 +120,9 @@ def test_importable_alone(package):
   assert ours == {"intellect3", *modules}
 
 
-def test_types_and_advantages_do_not_load_jax():
-  code = "import sys, intellect3.types, intellect3.losses.advantages; print(*sys.modules)"
+def test_types_advantages_and_telemetry_do_not_load_jax():
+  names = "intellect3.types, intellect3.losses.advantages, intellect3.telemetry"
+  code = f"import sys, {names}; print(*sys.modules)"
   assert "jax" not in run_python(code).split()
 
 

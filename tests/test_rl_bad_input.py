@@ -30,24 +30,44 @@ def model(tmp_path_factory):
   return directory
 
 
+SEVERAL = """
+import contextlib, io, json, sys
+from experiments import rl_run
+for line in sys.stdin:
+  out, error = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    code = rl_run.main(json.loads(line))
+  print(json.dumps([code, error.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def without_jax():
+  """Calls the command in a process of its own, where such a role blocks jax; one for all calls."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", SEVERAL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+  )
+
+  def call(arguments):
+    print(json.dumps(arguments), file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
+
+  yield call
+  process.stdin.close()
+  assert process.wait(30) == 0
+
+
 @pytest.fixture
-def run_here(capsys):
+def run_here(capsys, without_jax):
   """Calls the command in this process, or in one that has no jax where the role must not."""
 
   def call(out, settings, *extra):
     bindings = {"rl.run.num_workers": 0, **settings}
     sets = [part for key, value in bindings.items() for part in ("--set", f"{key}={value!r}")]
     arguments = ["--gin", DEMO, "--out", str(out), *sets, *extra]
-    if not set(WITHOUT_JAX) & set(extra):
-      code = rl_run.main(arguments)
-      return code, capsys.readouterr().err
-    result = subprocess.run(
-      [sys.executable, "-m", "experiments.rl_run", *arguments],
-      capture_output=True,
-      text=True,
-      timeout=60,
-    )
-    return result.returncode, result.stderr
+    if set(WITHOUT_JAX) & set(extra):
+      return without_jax(arguments)
+    return rl_run.main(arguments), capsys.readouterr().err
 
   return call
 

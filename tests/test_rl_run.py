@@ -321,7 +321,8 @@ def test_an_existing_run_is_not_overwritten(asynchronous, run_here):
   assert "a run is there already; give --resume" in error
 
 
-@pytest.mark.parametrize("name", [pytest.param("trainer", marks=pytest.mark.slow), "server_0"])
+@pytest.mark.slow  # test_supervisor.py holds what the supervisor does, quickly
+@pytest.mark.parametrize("name", ["trainer", "server_0"])
 def test_a_child_that_dies_ends_the_run_and_is_named(model, tmp_path, name):
   out = tmp_path / "run"
   settings = {"rl.run.model_path": str(model), "rl.run.steps": 500, "rl.run.server_restarts": 0}
