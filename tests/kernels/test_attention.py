@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from intellect3.kernels.attention import attention, interface, tokamax
 from tests.kernels import attention_cases as cases
@@ -126,6 +127,20 @@ def test_a_packed_rows_keys_run_from_its_segments_start():
   real = arguments["q_segment_ids_BT"] != 0
   np.testing.assert_array_equal(runs[real], cases.visible(arguments)[real])
   np.testing.assert_array_equal(runs[~real].sum(-1), 1)
+
+
+def test_tokamax_reads_a_mask_of_starts_as_we_do():
+  """Its own plain implementation, which runs here, against float64."""
+  base = pytest.importorskip("tokamax._src.ops.attention.base")
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  arguments = cases.packed([[6, 9], [3, 1]], 16, 4, 2, 8)
+  starts_BT = tokamax.segment_starts(jnp.asarray(arguments["q_segment_ids_BT"]))
+  mask = base.Mask(k_start=starts_BT[:, None], is_causal=True)
+  floats = (jnp.asarray(arguments[name]) for name in cases.FLOATS)
+  out = np.array(base.DotProductAttention()(*floats, mask=mask, logits_scale=0.7))
+  out[arguments["q_segment_ids_BT"] == 0] = 0
+  np.testing.assert_allclose(out, cases.oracle(arguments, 0.7)[0], atol=2e-6)
 
 
 def test_what_tokamax_cannot_do_is_named():

@@ -8,6 +8,7 @@ pass knows that argument: Triton's writes the mask out, quadratic in length.
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.extend import backend
 
 _TILE = 256
@@ -46,12 +47,15 @@ def attend(
     raise ValueError(f"attention: tokamax expects a Hopper GPU or newer, got {device}")
   from tokamax._src.ops.attention import base, pallas_mosaic_gpu
 
+  if not flags.FLAGS.is_parsed():
+    # Else tokamax parses sys.argv, and ends processes that are not absl's over flags of their own.
+    flags.FLAGS.mark_as_parsed()
   length = q_BTNH.shape[1]
   starts_BT = jnp.pad(segment_starts(q_segment_ids_BT), [(0, 0), (0, -length % _TILE)])
   q, k, v = (
     jnp.pad(x, [(0, 0), (0, -length % _TILE), (0, 0), (0, 0)]) for x in (q_BTNH, k_BSKH, v_BSKH)
   )
-  mask = base.Mask(k_start=starts_BT[:, None], is_causal=True)
+  mask = base.Mask(k_start=starts_BT[:, None, :], is_causal=True)
   kernel = pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()
   out_BTNH = kernel(q, k, v, mask=mask, logits_scale=scale)[:, :length]
   return jnp.where((q_segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)
