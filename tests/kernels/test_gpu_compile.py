@@ -29,39 +29,25 @@ def step(q, k, v, dout, segment_ids, positions):
   return out, pull(dout)
 
 
-found = {}
-for dtype in ("bfloat16", "float32"):
-  q, k = array(1, T, N, H, dtype=dtype), array(1, T, K, H, dtype=dtype)
-  ids = array(1, T, dtype="int32")
-  with jax.default_device(device), jax.set_mesh(jax.sharding.Mesh([device], ("data",))):
-    compiled = jax.jit(step).lower(q, k, k, q, ids, ids).compile()
-  found[dtype] = {
-    "kernels": sorted(set(re.findall(r'custom_call_target="([^"]*)"', compiled.as_text()))),
-    "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-    "device": device.device_kind,
-  }
+q, k = array(1, T, N, H, dtype="bfloat16"), array(1, T, K, H, dtype="bfloat16")
+ids = array(1, T, dtype="int32")
+with jax.default_device(device), jax.set_mesh(jax.sharding.Mesh([device], ("data",))):
+  compiled = jax.jit(step).lower(q, k, k, q, ids, ids).compile()
+found = {
+  "kernels": sorted(set(re.findall(r'custom_call_target="([^"]*)"', compiled.as_text()))),
+  "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+  "device": device.device_kind,
+}
 print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def compiled():
-  return deviceless.run(COMPILE, packages=("tokamax",))
-
-
-def test_auto_takes_the_mosaic_kernels_for_bfloat16(compiled):
-  assert compiled["bfloat16"]["device"] == "NVIDIA H200"
-  assert any(name.startswith("mosaic_gpu") for name in compiled["bfloat16"]["kernels"])
-
-
-def test_auto_takes_blocks_for_float32(compiled):
-  assert not any(name.startswith("mosaic") for name in compiled["float32"]["kernels"])
-
-
-def test_temporaries_are_linear_in_length(compiled):
-  """A mask of 16,384 by 16,384 is 256 MiB, scores are 1 GiB a head."""
-  assert compiled["bfloat16"]["temporaries"] < 300 * 2**20
-  assert compiled["float32"]["temporaries"] < 700 * 2**20
+def test_auto_takes_the_mosaic_kernels_with_temporaries_linear_in_length():
+  """A mask of 16,384 by 16,384 would be 256 MiB, scores 1 GiB a head."""
+  compiled = deviceless.run(COMPILE, packages=("tokamax",))
+  assert compiled["device"] == "NVIDIA H200"
+  assert any(name.startswith("mosaic_gpu") for name in compiled["kernels"])
+  assert compiled["temporaries"] < 300 * 2**20
 
 
 def test_a_target_that_cannot_be_is_named():
