@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(shell $(BIN)/python -c 'import pip' >/dev/null 2>&1 || rm -f $(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv test test-slow sglang test-sglang lint format demo lock clean
+.PHONY: help .venv plan test test-slow sglang test-sglang lint format demo lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,14 @@ $(STAMP): pyproject.toml $(LOCK)
 	$(PIP) install --quiet --progress-bar off --no-compile --requirement $(LOCK)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
+
+# In a directory of its own: what lies in an environment every process of jax would load.
+plan: $(VENV)/plan/.complete ## the CUDA compiler, to compile for GPUs that are not here (0.5 GB)
+
+$(VENV)/plan/.complete: requirements-plan.lock $(STAMP)
+	rm -rf $(VENV)/plan
+	$(PIP) install --quiet --progress-bar off --no-deps --no-compile --target $(VENV)/plan --requirement $<
+	@touch $@
 
 test: $(STAMP) ## the default suite (CPU, minutes)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup

@@ -8,11 +8,17 @@ import dataclasses
 import logging
 from typing import Any
 
+import jax
+
 from intellect3.kernels import attention, grouped_matmul
 from intellect3.kernels.attention.interface import traced_platform
 from intellect3.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+SPLIT = {"attention": "blockwise", "grouped_matmul": "blocked"}
+"""What `auto` is on a mesh of several devices: XLA splits these by itself. A kernel for one device
+(`tokamax`) it cannot split."""
 
 
 def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
@@ -26,11 +32,16 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
     ValueError: for an unknown kernel, or one that cannot run there.
   """
   platform = platform or traced_platform()
+  mesh = jax.sharding.get_abstract_mesh()
+  several = not mesh.empty and mesh.size > 1
   chosen: dict[str, Any] = {
     "attention": attention.resolve(config.attention, platform, config.dtype),
     "grouped_matmul": grouped_matmul.resolve(config.grouped_matmul, platform),
   }
-  for field, name in chosen.items():
-    asked = getattr(config, field)
-    logger.info("%s on %s: %s%s", field, platform, name, " (auto)" if asked == "auto" else "")
+  for field in chosen:
+    auto = getattr(config, field) == "auto"
+    if auto and several:
+      chosen[field] = SPLIT[field]
+    where = f"{mesh.size} x {platform}" if several else platform
+    logger.info("%s on %s: %s%s", field, where, chosen[field], " (auto)" if auto else "")
   return dataclasses.replace(config, **chosen)

@@ -27,9 +27,11 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
 }
 """What the backward pass keeps of a layer: everything; its input; matrix products; those that are
-projections (not the attention scores)."""
+projections (not the attention scores); its input and what attention gave (`blockwise` does not run
+again then)."""
 
 EMBEDDING_STD = 0.1
 HEAD_SCALE = 0.3

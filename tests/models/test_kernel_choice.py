@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import pytest
 
 from intellect3.models import kernel_choice, presets
@@ -28,3 +29,9 @@ def test_auto_becomes_concrete_and_is_said(caplog):
 def test_what_cannot_run_is_named(changes, platform, message):
   with pytest.raises(ValueError, match=message):
     kernel_choice.resolve(presets.tiny(**changes), platform)
+
+
+def test_a_mesh_of_several_gpus_takes_what_can_be_split():
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+    config = kernel_choice.resolve(presets.tiny(dtype="bfloat16"), "gpu")
+  assert (config.attention, config.grouped_matmul) == ("blockwise", "blocked")
