@@ -115,6 +115,9 @@ class ModelConfig:
     for field in ("routed_scaling_factor", "rope_theta", "partial_rotary_factor", "rms_norm_eps"):
       value = getattr(self, field)
       require(field, isinstance(value, int | float) and value >= 0, "a number >= 0", value)
+    for field in ("router_bias", "norm_topk_prob", "attention_bias", "qk_norm", "tie_embeddings"):
+      value = getattr(self, field)
+      require(field, isinstance(value, bool), "True or False", value)
     require(
       "num_dense_layers",
       self.num_dense_layers <= self.num_layers,

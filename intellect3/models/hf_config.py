@@ -56,7 +56,14 @@ _MOE_KEYS = {
   "num_experts_per_token": "num_experts_per_tok",
   "norm_topk_prob": "norm_topk_prob",
 }
-_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
+_FLAGS = ("tie_embeddings", "norm_topk_prob", "attention_bias", "qk_norm")
+_NUMBERS = ("rms_norm_eps", "routed_scaling_factor")
+_FIXED = {
+  "hidden_act": "silu",
+  "attention_dropout": 0.0,
+  **dict.fromkeys(("quantization_config", "compression_config")),
+  **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping")),
+}
 # A bias in these families is one of the output projection too, which ours does not have.
 _QWEN3_FIXED = {**_FIXED, "attention_bias": False, "use_sliding_window": False}
 _QWEN3_CONSTANTS = {"qk_norm": True, "router_scores": "softmax", "router_bias": False}
@@ -92,7 +99,7 @@ FAMILIES: Mapping[str, Family] = {
   "qwen3": Family(
     architecture="Qwen3ForCausalLM",
     keys=_DENSE_KEYS,
-    defaults={"tie_word_embeddings": False},
+    defaults={"tie_word_embeddings": False, "head_dim": 128},
     fixed=_QWEN3_FIXED,
     constants=_QWEN3_CONSTANTS,
   ),
@@ -119,58 +126,97 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"model_type: expected one of {tuple(FAMILIES)}, got {name!r}")
   family = FAMILIES[name]
   for key, fixed in family.fixed.items():
-    require(key, hf.get(key, fixed) == fixed, repr(fixed), hf.get(key))
-  kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
-  require("layer_types", not kinds, "'full_attention' alone", sorted(kinds))
+    require(key, hf.get(key) in (None, fixed), repr(fixed), hf.get(key))
   values = {**family.defaults, **hf}
-  # transformers 5 has another word for the same.
-  values.setdefault("num_experts", hf.get("num_local_experts"))
-  if values.get("head_dim") is None and values.get("num_attention_heads"):
-    values["head_dim"] = values.get("hidden_size", 0) // values["num_attention_heads"]
-  missing = [key for key in family.keys.values() if values.get(key) is None]
-  rope = _rope(values, hf)
-  missing += ["rope_theta"] if rope.get("rope_theta") is None else []
+  for key, other in _TWINS.items():
+    values.setdefault(key, hf.get(other))
+    same = hf.get(other) in (None, values[key])
+    require(other, same, f"{values[key]!r} as {key}", hf.get(other))
+  if values.get("head_dim") is None and "head_dim" not in family.defaults:
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+      values["head_dim"] = width // heads
+  values |= _rope(hf)
+  missing = [key for key in (*family.keys.values(), "rope_theta") if values.get(key) is None]
   if missing:
-    raise ValueError(f"config.json: expected the keys {sorted(missing)}, got none of them")
-  partial = float(rope.get("partial_rotary_factor", 1.0))
+    raise ValueError(f"config.json: expected a value of {sorted(missing)}, got none")
+  for field, key in (*family.keys.items(), ("rope_theta", "rope_theta")):
+    _check_type(field, key, values[key])
+  partial = values.get("partial_rotary_factor", 1.0)
+  _check_type("partial_rotary_factor", "partial_rotary_factor", partial)
   if not family.writes_partial_rotary:
     require("partial_rotary_factor", partial == 1.0, f"1.0 in {name}", partial)
   fields = {field: values[key] for field, key in family.keys.items()}
-  if family.lists_dense_layers:
-    fields["num_dense_layers"] = _dense_layers(values.get("mlp_only_layers") or [])
-  fields.setdefault("num_dense_layers", fields["num_layers"])
+  fields.setdefault("num_dense_layers", _dense_layers(family, hf, fields["num_layers"]))
+  _check_layers(hf, family.keys.get("num_dense_layers", "mlp_only_layers"), fields)
   dtype = hf.get("dtype", hf.get("torch_dtype")) or "float32"
   return {
     "family": name,
     **family.constants,
     **fields,
-    "rope_theta": float(rope["rope_theta"]),
-    "partial_rotary_factor": partial,
+    "rope_theta": float(values["rope_theta"]),
+    "partial_rotary_factor": float(partial),
     "dtype": dtype,
     "param_dtype": dtype,
   }
 
 
-def _rope(values: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
+_TWINS = {"num_experts": "num_local_experts"}
+"""transformers 4's word -> transformers 5's."""
+
+
+def _check_type(field: str, key: str, value: Any) -> None:
+  if field in _FLAGS:
+    require(key, isinstance(value, bool), "true or false", value)
+    return
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if field in (*_NUMBERS, "rope_theta", "partial_rotary_factor"):
+    require(key, number, "a number", value)
+  else:
+    require(key, number and isinstance(value, int) and value >= 0, "an integer >= 0", value)
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   """The rotary options, wherever they stand; a scaling raises."""
-  rope = dict(values)
+  options = ("rope_theta", "partial_rotary_factor")
+  rope = {key: hf[key] for key in options if hf.get(key) is not None}
   for place in ("rope_scaling", "rope_parameters"):
     nested = hf.get(place) or {}
     require(place, isinstance(nested, Mapping), "an object", nested)
-    kind = nested.get("rope_type", nested.get("type", "default"))
+    kind = nested.get("rope_type") or nested.get("type") or "default"
     require(f"{place}.rope_type", kind == "default", "'default'", kind)
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    known = {"rope_type", "type", *options}
     unknown = {key: value for key, value in nested.items() if key not in known}
     require(place, not unknown, f"no other keys than {sorted(known)}", unknown)
-    rope.update(nested)
+    for key in options:
+      if nested.get(key) is not None:
+        expected, given = rope.setdefault(key, nested[key]), nested[key]
+        require(f"{place}.{key}", given == expected, f"{expected!r} as elsewhere", given)
   return rope
 
 
-def _dense_layers(listed: list[int]) -> int:
-  """How many of the first layers are dense."""
-  first = list(range(len(listed)))
-  require("mlp_only_layers", sorted(listed) == first, f"the first layers, {first}", listed)
+def _dense_layers(family: Family, hf: Mapping[str, Any], layers: int) -> int:
+  """How many of the first layers are dense: all, or as `mlp_only_layers` lists them."""
+  if not family.lists_dense_layers:
+    return layers
+  listed = hf.get("mlp_only_layers") or []
+  plain = isinstance(listed, list) and all(isinstance(layer, int) for layer in listed)
+  first = plain and sorted(listed) == list(range(len(listed)))
+  require("mlp_only_layers", first, "the first layers, each once", listed)
   return len(listed)
+
+
+def _check_layers(hf: Mapping[str, Any], dense_key: str, fields: Mapping[str, Any]) -> None:
+  """Layers that are told one by one must be the layers that we compute."""
+  layers, dense = fields["num_layers"], fields["num_dense_layers"]
+  require(dense_key, dense <= layers, f"at most num_hidden_layers ({layers})", hf.get(dense_key))
+  for key, expected in (
+    ("layer_types", ["full_attention"] * layers),
+    ("mlp_layer_types", ["dense"] * dense + ["sparse"] * (layers - dense)),
+  ):
+    given = hf.get(key)
+    holds = given is None or given == expected
+    require(key, holds, f"{layers} entries, of {sorted(set(expected))} in this order", given)
 
 
 def write(config: "ModelConfig") -> dict[str, Any]:

@@ -205,9 +205,30 @@ SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings"
     (GLM, {"topk_group": 2}, "num_groups_per_token.*2"),
     (GLM, {"num_experts_per_tok": 129}, "num_experts_per_token.*129"),
     (GLM, {"num_key_value_heads": 7}, r"num_heads.*7"),
+    (GLM, {"compression_config": {"quant_method": "x"}}, "compression_config: expected None"),
+    (GLM, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected None, got 50.0"),
+    (GLM, {"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false"),
+    (GLM, {"num_hidden_layers": "46"}, "num_hidden_layers: expected an integer >= 0, got '46'"),
+    (GLM, {"rope_theta": "1e6"}, "rope_theta: expected a number, got '1e6'"),
+    (GLM, {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta: expected 1000000"),
+    (GLM, {"first_k_dense_replace": 47}, "first_k_dense_replace: expected at most num_hidden_l"),
+    (GLM, {"mlp_layer_types": ["dense"] * 46}, "mlp_layer_types: expected 46 entries"),
+    (GLM, {"layer_types": 5}, "layer_types: expected 46 entries"),
+    (QWEN_MOE, {"layer_types": ["full_attention"] * 3}, "layer_types: expected 48 entries"),
+    (QWEN_MOE, {"mlp_only_layers": [0, 0]}, "mlp_only_layers: expected the first layers, each"),
+    (QWEN_MOE, {"num_local_experts": 64}, "num_local_experts: expected 128 as num_experts, got 64"),
   ],
   ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_not_implemented_raises_and_names_the_field(published, changes, named):
   with pytest.raises(ValueError, match=named):
     ModelConfig.from_hf({**published, **changes})
+
+
+def test_a_missing_head_dim_means_what_the_family_means():
+  dense_file = dense(1024, 3072, 28, 16, True)
+  for published, expected in ((dense_file, 128), (QWEN_MOE, 2048 // 32)):
+    file = {key: value for key, value in published.items() if key != "head_dim"}
+    assert ModelConfig.from_hf(file).head_dim == expected
+  with pytest.raises(ValueError, match="head_dim"):
+    ModelConfig.from_hf({**dense_file, "head_dim": None})

@@ -142,3 +142,12 @@ def test_replaying_its_own_choice_changes_no_bit_of_the_model():
     ValueError, match=r"routed_experts_LBTA: expected \[2, 2, 16, 2\], got \[2, 2"
   ):
     apply(nothing[..., :1])
+
+
+def test_the_router_is_computed_in_float32_whatever_the_hardware_likes():
+  """GPUs and TPUs round float32 products unless they are told not to; a CPU cannot show that."""
+  config, params, x = model(dtype="bfloat16")
+  jaxpr = jax.make_jaxpr(lambda x: route(config, params, x)[1])(jnp.asarray(x, jnp.bfloat16))
+  (product,) = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+  assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+  assert {str(operand.aval.dtype) for operand in product.invars} == {"float32"}
