@@ -205,13 +205,17 @@ def load_theirs(directory):
   return model.eval()
 
 
-def run_theirs(model, tokens):
-  """Logprobs [.., T, V], differentiable, and what each router chose, [.., T, A], of [.., T]."""
+def run_theirs(model, tokens, first=0):
+  """Logprobs [.., T, V], differentiable, and what each router chose, [.., T, A], of [.., T].
+
+  The first token of each row is at position `first`.
+  """
   chosen = []
   routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
   hooks = [r.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for r in routers]
   rows = torch.tensor(tokens, dtype=torch.long).reshape(-1, tokens.shape[-1])
-  logprobs = torch.log_softmax(model(rows).logits.float(), -1)
+  positions = (first + torch.arange(rows.shape[1])).expand(rows.shape)
+  logprobs = torch.log_softmax(model(rows, position_ids=positions).logits.float(), -1)
   for hook in hooks:
     hook.remove()
   experts = [choice.numpy().reshape(*tokens.shape, -1) for choice in chosen]

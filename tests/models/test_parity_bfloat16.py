@@ -21,6 +21,8 @@ from tests.models import helpers, parity  # noqa: E402
 
 SEEDS, FACTOR = range(6), 1.5
 BATCH, LENGTH = 8, 16
+FIRST = 1000
+"""The first token's position: rounded angles would show."""
 
 
 @pytest.mark.parametrize("name", ["glm_air", "qwen3_tied", "qwen3_moe_normalised"])
@@ -32,11 +34,11 @@ def test_the_error_is_at_most_one_and_a_half_of_transformers(name, tmp_path):
     params = _representable(helpers.random_params(config, seed))
     hf.save(tmp_path, config, params)
     model = parity.load_theirs(tmp_path)
-    batch = helpers.rows(config, BATCH, LENGTH, seed)
+    tokens, positions, segment_ids = helpers.rows(config, BATCH, LENGTH, seed)
     with torch.no_grad():
-      exact, chosen = parity.run_theirs(model, batch[0])
-      theirs = parity.run_theirs(_in_bfloat16(model), batch[0])
-    out = helpers.forward(rounded, params, *batch)
+      exact, chosen = parity.run_theirs(model, tokens, FIRST)
+      theirs = parity.run_theirs(_in_bfloat16(model), tokens, FIRST)
+    out = helpers.forward(rounded, params, tokens, positions + FIRST, segment_ids)
     assert out.hidden_BTD.dtype == ml_dtypes.bfloat16
     logits = np.float32(out.hidden_BTD) @ transformer.head(params, config)
     ours = jax.nn.log_softmax(logits), list(np.asarray(out.router.experts_LBTA))
