@@ -49,12 +49,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("dst")
     if name != "verify":
       command.add_argument("--dtype", choices=convert.DTYPES, help="convert the tensors to it")
-      command.add_argument(
-        "--extras",
-        choices=companions.EXTRAS,
-        default="keep",
-        help="tensors of multi-token prediction layers (default: %(default)s)",
-      )
+    whether = "whether to compare the " if name == "verify" else ""
+    command.add_argument(
+      "--extras",
+      choices=companions.EXTRAS,
+      default="keep",
+      help=f"{whether}tensors of multi-token prediction layers (default: %(default)s)",
+    )
     if name != "hf-to-orbax":
       command.add_argument("--step", type=int, help="of a run (default: the newest)")
       command.add_argument("--model", help="where config.json and tokenizer of an Orbax SRC are")
@@ -67,10 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def hf_to_orbax(flags: argparse.Namespace) -> int:
   """The command of that name."""
-  convert.check_target(flags.dst)
+  convert.check_target(flags.dst, flags.src)
   source = opened.hugging_face(flags.src)
   _say_extras(source, flags.extras)
-  with Progress("hf-to-orbax", _bytes(source, flags.extras)) as progress:
+  with Progress("hf-to-orbax", _written_bytes(source, flags)) as progress:
     convert.to_orbax(source, flags.dst, dtype=flags.dtype, extras=flags.extras, progress=progress)
   return 0
 
@@ -79,10 +80,10 @@ def orbax_to_hf(flags: argparse.Namespace) -> int:
   """The command of that name."""
   if not flags.shard_gb > 0:
     raise ValueError(f"--shard-gb: expected more than 0, got {flags.shard_gb}")
-  convert.check_target(flags.dst)
+  convert.check_target(flags.dst, flags.src)
   source = opened.of_orbax(flags.src, step=flags.step, model=flags.model)
   _say_extras(source, flags.extras)
-  with Progress("orbax-to-hf", _bytes(source, flags.extras)) as progress:
+  with Progress("orbax-to-hf", _written_bytes(source, flags)) as progress:
     convert.to_hugging_face(
       source,
       flags.dst,
@@ -98,7 +99,10 @@ def verify(flags: argparse.Namespace) -> int:
   """The command of that name."""
   one = opened.either(flags.src, step=flags.step, model=flags.model)
   other = opened.either(flags.dst)
-  with Progress("verify", _bytes(one, "keep")) as progress:
+  if flags.extras == "drop":
+    one, other = (side._replace(extras={}) for side in (one, other))
+  total = opened.total_bytes({**one.tensors, **one.extras})
+  with Progress("verify", total) as progress:
     found = compare.compare(one, other, progress)
   for pattern, kind in found.kinds.items():
     notes = f"  ({' against '.join(kind.dtypes)})" if kind.dtypes else ""
@@ -114,13 +118,13 @@ def verify(flags: argparse.Namespace) -> int:
   for fault in found.faults:
     print(fault)
   count = sum(kind.tensors for kind in found.kinds.values())
-  print(f"{count} tensors compared: {'the same' if found.same else 'NOT the same'}")
+  left = " without those of layers past the last" if flags.extras == "drop" else ""
+  print(f"{count} tensors compared{left}: {'the same' if found.same else 'NOT the same'}")
   return 0 if found.same else 1
 
 
-def _bytes(source: opened.Opened, extras: str) -> int:
-  kept = opened.total_bytes(source.extras) if extras == "keep" else 0
-  return opened.total_bytes(source.tensors) + kept
+def _written_bytes(source: opened.Opened, flags: argparse.Namespace) -> int:
+  return convert.written_bytes(source, dtype=flags.dtype, extras=flags.extras)
 
 
 def _say_extras(source: opened.Opened, extras: str) -> None:

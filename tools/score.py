@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ from tools.checkpoints.progress import Progress
 
 TOKENS_PER_CALL = 8192
 SHORTEST_ROW = 128
-HEAD_CHUNK = 1024
+HEAD_CHUNK = 256
+"""Tokens whose logits are held together: the head's peak is about three float32[chunk, V]."""
 
 Ids = list[list[int]]
 Forward = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
@@ -91,7 +93,7 @@ def read_ids(path: str, config: ModelConfig) -> Ids:
     ids = json.loads(pathlib.Path(path).read_text())
   except OSError as error:
     raise ValueError(f"--ids: {path}: cannot be read: {error.strerror}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"--ids: {path}: no valid JSON: {error}") from error
   if not isinstance(ids, list) or not ids:
     raise ValueError(f"--ids: expected a list of at least one sequence, got {_short(ids)}")
@@ -214,7 +216,7 @@ def write(out: pathlib.Path, scored: Scored, config: ModelConfig) -> None:
 
 
 def _short(value: Any) -> str:
-  text = repr(value)
+  text = reprlib.repr(value)  # of any depth
   return text if len(text) <= 60 else f"{text[:60]}.."
 
 

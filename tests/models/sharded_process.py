@@ -1,4 +1,7 @@
-"""Run by test_hf_sharded in a process of its own: a checkpoint read to four fake devices."""
+"""Run by test_hf_sharded in a process of its own: a checkpoint read to four fake devices.
+
+Also one that `hf-to-orbax` made of it, by plain Orbax.
+"""
 
 import math
 import os
@@ -8,12 +11,14 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
 from intellect3.models import hf, transformer
 from intellect3.models.stored import directory as stored
 from intellect3.sharding import mesh as meshes
 from intellect3.sharding import rules, specs
+from tools import convert_checkpoint
 
 
 def read_sharded(directory, mesh, table, dtype):
@@ -25,7 +30,7 @@ def read_sharded(directory, mesh, table, dtype):
 
   def counting(out, root, place, view):
     read.append(out.size)
-    plain(out, root, place, view)
+    return plain(out, root, place, view)
 
   stored.read_into = counting
   try:
@@ -49,7 +54,25 @@ def main():
       jax.tree.map(_check, params, shardings, whole)
       assert read == size, (axes, read, size)  # every element once, though several hold it
     as_one_of_two(directory, whole, size)
+  restored_by_orbax(sys.argv[1])
   print("same")
+
+
+def restored_by_orbax(directory):
+  """The four devices restore what `hf-to-orbax` writes to their shardings."""
+  config, whole = hf.load(directory)
+  assert convert_checkpoint.main(["hf-to-orbax", directory, f"{directory}.orbax"]) == 0
+  shapes, axes = transformer.abstract(config)
+  shardings = specs.tree_shardings(axes, shapes, meshes.make_mesh(fsdp=4), rules.TRAIN_FSDP)
+  targets = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    whole,
+    shardings,
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    restored = checkpointer.restore(f"{directory}.orbax/params", targets)
+  assert any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
+  jax.tree.map(_check, restored, shardings, whole)
 
 
 def as_one_of_two(directory, whole, size):

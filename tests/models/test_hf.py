@@ -99,34 +99,47 @@ def test_tensors_have_the_layout_of_linear_layers(params):
     dict(hf.to_hf(CONFIG, {**params, "embedding": params["embedding"][1:]}))
 
 
-TRAVELLERS = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "merges.txt")
+TRAVELLERS = (
+  *("tokenizer.json", "chat_template.jinja", "generation_config.json", "vocab.txt", "LICENSE"),
+  *("modeling_own.py", "additional_chat_templates/tool_use.jinja"),
+)
+LEFT = ("old.bin", "old.gguf", "original/params.json", "big.txt")
+ANEW = ("old.safetensors", "pytorch_model.bin.index.json", "manifest.json", ".gitattributes")
 
 
 def source_directory(directory, **config):
   """A checkpoint directory without tensors: what travels along, and a config with more in it."""
   directory.mkdir()
-  for name in (*TRAVELLERS, "README.md"):
+  for name in (*TRAVELLERS, *LEFT, *ANEW):
+    (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).write_text(name)
   more = {"eos_token_id": [5, 6], "pad_token_id": 5, "torch_dtype": "bfloat16", "a_flag": True}
   (directory / "config.json").write_text(json.dumps({**CONFIG.to_hf(), **more, **config}))
   return directory
 
 
-def test_what_travels_along(tmp_path, params):
+def test_what_travels_along(tmp_path, params, caplog, monkeypatch):
+  caplog.set_level("INFO")
+  monkeypatch.setattr(companions, "MOST_BYTES", 100)
   source = source_directory(tmp_path / "source")
+  (source / "big.txt").write_text("x" * 101)
   out = tmp_path / "out"
   hf.save(out, CONFIG, params, source=source)
   with safetensors.safe_open(out / "model.safetensors", "np") as file:
     assert file.metadata() == {"format": "pt"}
   for name in TRAVELLERS:
     assert (out / name).read_text() == name
-  assert not (out / "README.md").exists()
+  written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+  assert written == {*TRAVELLERS, "config.json", "model.safetensors"}
+  assert "not copied along: big.txt, old.bin, old.gguf, original\n" in caplog.text
   config = json.loads((out / "config.json").read_text())
   assert config["eos_token_id"] == [5, 6] and config["pad_token_id"] == 5 and config["a_flag"]
   # Said of the tensors that are there, not of those of the source.
   assert config["dtype"] == "float32" and "torch_dtype" not in config
   assert config["num_nextn_predict_layers"] == 0
   assert hf.load(out, remat_policy=CONFIG.remat_policy)[0] == CONFIG
+  hf.save(out, CONFIG, params, source=source)  # again, where it all is already
+  assert (out / TRAVELLERS[-1]).is_file()
 
 
 def test_a_source_must_be_of_the_same_model(tmp_path, params):

@@ -6,17 +6,20 @@ import struct
 import jax
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from intellect3.models import hf
+from intellect3.models.hf import write
 from intellect3.models.stored import directory as stored
 from intellect3.models.stored import formats
 from tests.models import helpers
 
 CONFIG = helpers.small()
 TIED = helpers.small(tie_embeddings=True)
+NEXTN = "num_nextn_predict_layers"
 
 
 @pytest.fixture
@@ -95,6 +98,62 @@ def test_a_cut_and_an_absent_file_among_several(tmp_path, params):
   )
 
 
+def repack(path, change):
+  """Changes a file's header and bytes: (header, bytearray) -> None."""
+  data = path.read_bytes()
+  start = 8 + struct.unpack("<Q", data[:8])[0]
+  header, tensors = json.loads(data[8:start]), bytearray(data[start:])
+  change(header, tensors)
+  text = json.dumps(header).encode()
+  path.write_bytes(struct.pack("<Q", len(text)) + text + tensors)
+
+
+def test_bytes_that_are_two_tensors_or_nobodys(tmp_path, params):
+  hf.save(tmp_path, CONFIG, params)
+  path = tmp_path / "model.safetensors"
+  whole, offsets = path.read_bytes(), {}
+
+  def look(header, _):
+    offsets.update((n, e["data_offsets"]) for n, e in header.items() if "shape" in e)
+
+  repack(path, look)
+  order = sorted(offsets, key=offsets.get)
+  at = order.index("model.layers.0.mlp.up_proj.weight")
+  before, first, second, after = order[at - 2 : at + 2]  # first (gate) is as large as second
+  begin, end = offsets[first]
+
+  def share(header, _):
+    header[second]["data_offsets"] = [begin, end]
+
+  def gap(header, tensors):
+    tensors[begin:begin] = bytes(24)
+    for name in order[at - 1 :]:
+      header[name]["data_offsets"] = [offset + 24 for offset in offsets[name]]
+
+  misplaced = (
+    "misplaced: {} in model.safetensors: expected its bytes right behind {}, at {}, got {}"
+  )
+  for change, expected in (
+    (
+      lambda _, tensors: tensors.extend(b"xxxx"),
+      [f"unexpected: 4 bytes in model.safetensors behind {order[-1]}"],
+    ),
+    (
+      share,
+      [
+        misplaced.format(second, first, end, begin),
+        misplaced.format(after, second, end, offsets[after][0]),
+      ],
+    ),
+    (gap, [misplaced.format(first, before, begin, begin + 24)]),
+  ):
+    path.write_bytes(whole)
+    repack(path, change)
+    assert problems(tmp_path) == sorted(expected)
+    with pytest.raises(safetensors.SafetensorError):
+      safetensors.safe_open(path, "np")
+
+
 def test_an_index_that_does_not_say_what_there_is(tmp_path, params):
   hf.save(tmp_path, CONFIG, params, shard_bytes=30_000)
   path = tmp_path / formats.INDEX
@@ -142,6 +201,9 @@ def test_broken_directories_say_what_is_wrong(tmp_path, params):
     (json.dumps({**config, "num_attention_heads": 3}), "num_heads: expected a multiple of"),
     (json.dumps({**config, "vocab_size": "many"}), "vocab_size"),
     (json.dumps({**config, "hidden_size": None}), "config.json: .*'hidden_size'"),
+    (json.dumps({**config, NEXTN: "1"}), f"{NEXTN}: expected an integer of at least 0, got '1'"),
+    (json.dumps({**config, NEXTN: -1}), f"{NEXTN}: expected an integer of at least 0, got -1"),
+    ("[" * 100_000, "config.json: no valid JSON"),
   ):
     config_file.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -203,6 +265,37 @@ def test_dtypes_of_a_stack_must_agree_or_be_converted(tmp_path, params):
     hf.load(tmp_path)
   loaded = hf.load(tmp_path, dtype="float32")[1]
   np.testing.assert_array_equal(loaded["moe_layers"]["attention"]["q"]["kernel"], half)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_dtype_too_small_for_the_values_names_every_tensor(tmp_path, params):
+  params["head"][3, 5], params["final_norm"]["scale"][0] = -1e6, 65504
+  params["moe_layers"]["moe"]["experts"]["up"][1, 2, 3, 4] = 7e4
+  params["moe_layers"]["moe"]["router"]["correction_bias"][0, 0] = 1e6  # float32 always
+  params["embedding"][0, 0] = np.inf  # was so before
+  expected = [
+    "lm_head.weight: float16 holds up to 65504, got 1e+06",
+    "model.layers.2.mlp.experts.2.up_proj.weight: float16 holds up to 65504, got 70000",
+  ]
+
+  def refused(act):
+    with pytest.raises(ValueError, match=r"dtype: expected one .* too small for 2:") as error:
+      act()
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == expected
+
+  refused(lambda: hf.save(tmp_path / "half", CONFIG, params, dtype="float16"))
+  assert not (tmp_path / "half").exists()
+  hf.save(tmp_path / "whole", CONFIG, params)
+  refused(lambda: hf.load(tmp_path / "whole", dtype="float16"))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shardings = jax.tree.map(lambda leaf: place, params)
+  refused(lambda: hf.load_sharded(tmp_path / "whole", CONFIG, shardings, dtype="float16"))
+  hf.save(tmp_path / "brain", CONFIG, params, dtype="bfloat16")  # ends as late as float32, almost
+  with pytest.raises(ValueError, match=r"lm_head\.weight: float16 holds up to 65504, got 999424"):
+    hf.load(tmp_path / "brain", dtype="float16")
+  params["head"][3, 5] = np.finfo(np.float32).max
+  with pytest.raises(ValueError, match=r"lm_head\.weight: bfloat16 holds up to 3.38953e"):
+    dict((name, tensor.read()) for name, tensor in write.tensors(CONFIG, params, "bfloat16"))
 
 
 @settings(

@@ -81,13 +81,25 @@ def test_there_and_back_is_bitwise(tmp_path, family, capsys):
   assert capsys.readouterr().out.count("the same") == 3
 
 
+def assert_progress(said, what, expected):
+  """The last line says that all bytes are done, and how many those are."""
+  line = [line for line in said.splitlines() if line.startswith(f"{what}: ")][-1]
+  done, of, total, *_ = line.removeprefix(f"{what}: ").split()
+  assert of == "of" and done == total
+  assert float(total) * 1e9 == pytest.approx(expected, rel=0.01)
+
+
 def test_dtypes_and_extras_as_asked(tmp_path, capsys):
   params = checkpoint(tmp_path / "hf", extra=True)
   options = ("--extras", "drop", "--dtype", "bfloat16")
   assert run("hf-to-orbax", tmp_path / "hf", tmp_path / "orbax", *options) == 0
-  assert "1 extra tensors (0.000 GB) of layers past the last: dropped" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "1 extra tensors (0.000 GB) of layers past the last: dropped" in said
+  elements = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert_progress(said, "hf-to-orbax", 2 * elements)
   assert not (tmp_path / "orbax" / "extras").exists()
   assert run("orbax-to-hf", tmp_path / "orbax", tmp_path / "back", "--dtype", "float32") == 0
+  assert_progress(capsys.readouterr().err, "orbax-to-hf", 4 * elements)
   back = hf.load(tmp_path / "back")[1]
   bias = params["moe_layers"]["moe"]["router"]["correction_bias"]
   np.testing.assert_array_equal(back["moe_layers"]["moe"]["router"]["correction_bias"], bias)
@@ -99,6 +111,28 @@ def test_dtypes_and_extras_as_asked(tmp_path, capsys):
   assert run("verify", tmp_path / "hf", tmp_path / "back") == 1
   said = capsys.readouterr().out
   assert "only in" in said and "model.layers.3.eh_proj.weight" in said and "NOT the same" in said
+  # Without the extra tensors it is the roundings that differ.
+  assert run("verify", tmp_path / "hf", tmp_path / "back", "--extras", "drop") == 1
+  assert "only in" not in capsys.readouterr().out
+  rounded = tmp_path / "rounded"
+  assert run("hf-to-orbax", tmp_path / "hf", rounded, "--extras", "drop") == 0
+  for pair in ((tmp_path / "hf", rounded), (rounded, tmp_path / "hf")):
+    assert run("verify", *pair) == 1 and run("verify", *pair, "--extras", "drop") == 0
+    assert "compared without those of layers past the last: the same" in capsys.readouterr().out
+
+
+def test_a_dtype_too_small_is_refused(tmp_path, capsys):
+  params = helpers.random_params(GLM)
+  params["head"][3, 5], params["final_norm"]["scale"][1] = 1e6, 7e4
+  hf.save(tmp_path / "hf", GLM, params)
+  assert run("hf-to-orbax", tmp_path / "hf", tmp_path / "orbax") == 0
+  capsys.readouterr()
+  for command, source in (("hf-to-orbax", "hf"), ("orbax-to-hf", "orbax")):
+    assert run(command, tmp_path / source, tmp_path / "half", "--dtype", "float16") == 2
+    said = capsys.readouterr().err
+    assert "lm_head.weight: float16 holds up to 65504, got 1e+06" in said
+    assert "model.norm.weight: float16 holds up to 65504, got 70000" in said
+  assert {path.name for path in tmp_path.iterdir()} == {"hf", "orbax"}
 
 
 def test_differences_are_named_with_their_size(tmp_path, capsys):
@@ -189,6 +223,10 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, capsys, monkeypatch):
       ("orbax-to-hf", tmp_path / "orbax" / "params", tmp_path / "x"),
       "its directory as --model",
     ),
+    (("hf-to-orbax", tmp_path / "hf", tmp_path / "hf" / "x"), "outside of the source"),
+    (("orbax-to-hf", tmp_path / "orbax", tmp_path / "orbax" / "x" / "y"), "outside of the source"),
+    (("hf-to-orbax", tmp_path / "hf", "/proc/xx"), "checkpoint: /proc/xx: cannot be made: No such"),
+    (("hf-to-orbax", tmp_path / "orbax", tmp_path / "x"), "kind, got an Orbax checkpoint"),
     (("verify", tmp_path / "hf", tmp_path / "nowhere"), "expected a directory, found none"),
     (("verify", tmp_path / "hf", tmp_path / "orbax", "--step", 1), "are for Orbax checkpoints"),
   ):

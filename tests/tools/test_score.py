@@ -73,6 +73,8 @@ def test_scores_are_those_of_transformers(tmp_path, family):
   ("ids", "says"),
   [
     ("{", "no valid JSON"),
+    ("[" * 100_000, "no valid JSON"),
+    ("[" * 900 + "]" * 900, "sequence 0, token 0: expected an integer"),
     ("[]", "expected a list of at least one sequence"),
     ('{"a": 1}', "expected a list of at least one sequence"),
     ("[[1], []]", "sequence 1: expected a list of 1 to 4096 ids"),
@@ -92,6 +94,11 @@ def test_bad_ids_are_told_before_anything_is_loaded(tmp_path, ids, says, capsys,
   said = capsys.readouterr().err
   assert said.startswith("score: --ids") and re.search(says, said), said
   assert not (tmp_path / "out.json").exists()
+
+
+def test_the_head_holds_little_beside_the_largest_vocabulary():
+  vocabulary = presets.glm_4_5_air().vocab_size
+  assert 3 * 4 * score.HEAD_CHUNK * vocabulary < 700 << 20
 
 
 def test_bad_paths_and_broken_weights_are_told(tmp_path, capsys):

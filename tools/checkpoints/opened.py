@@ -14,7 +14,7 @@ import numpy as np
 
 from intellect3.models.config import ModelConfig
 from intellect3.models.hf import companions, layout, names
-from intellect3.models.hf.source import EXTRA_LAYERS, Source, check_head, open_source
+from intellect3.models.hf.source import Source, check_head, count_extra_layers, open_source
 from intellect3.models.stored import directory as stored
 from intellect3.models.stored.shards import Deferred
 from intellect3.weights import manifest
@@ -70,8 +70,13 @@ def hugging_face(directory: str) -> Opened:
   """Opens a directory of Hugging Face's kind.
 
   Raises:
-    ValueError: as `hf.check`.
+    ValueError: as `hf.check`; or it is of Orbax's kind.
   """
+  root = pathlib.Path(directory)
+  if not (root / "config.json").is_file() and root.is_dir() and _checkpoints(root):
+    raise ValueError(
+      f"{directory}: expected a directory of Hugging Face's kind, got an Orbax checkpoint"
+    )
   source = open_source(directory)
   of_model = {
     slot.name: companions.stored_tensor(source, slot.name) for slot in names.slots(source.config)
@@ -79,7 +84,7 @@ def hugging_face(directory: str) -> Opened:
   extras = {name: companions.stored_tensor(source, name) for name in source.extras}
   if source.repeated_head:
     check_head(source, 0, source.config.vocab_size)
-  layers = source.raw.get(EXTRA_LAYERS) or 0
+  layers = count_extra_layers(source.raw)
   return Opened(source.root, source.config, source.root, of_model, extras, layers, source)
 
 
@@ -118,7 +123,7 @@ def of_orbax(directory: str, *, step: int | None = None, model: str | None = Non
   }
   dtype = str(found["embedding",].dtype)
   extras = _extras(root)
-  extra_layers = (raw.get(EXTRA_LAYERS) or 0) if extras else 0
+  extra_layers = count_extra_layers(raw) if extras else 0
   config = ModelConfig.from_hf(raw, param_dtype=dtype, dtype=dtype)
   return Opened(root, config, beside, tensors, extras, extra_layers)
 
@@ -146,6 +151,15 @@ def _extras(root: pathlib.Path) -> dict[str, Deferred]:
     return Deferred(entry.shape, entry.dtype, lambda: stored.mapped(place, entry).copy())
 
   return {name: deferred(name) for name in places}
+
+
+def _checkpoints(root: pathlib.Path) -> bool:
+  """Whether a directory holds an Orbax checkpoint, or is a run with some."""
+  try:
+    _find(root, None)
+  except ValueError:
+    return False
+  return True
 
 
 def _find(

@@ -9,11 +9,10 @@ what `save` wrote, `load` gives back.
     source       a directory opened and checked, no tensor read
     read         load: whole on the host, or each process its slices
     write        save: sharded, streaming, atomic
-    companions   what travels along: tokenizer files, the rest of config.json, extra tensors
+    companions   what travels along: tokenizer, templates, the rest of config.json, extra tensors
     merge        some tensors in the place of those that are held
 """
 
-from intellect3.models.hf.companions import TOKENIZER_FILES
 from intellect3.models.hf.merge import merge
 from intellect3.models.hf.read import load, load_sharded
 from intellect3.models.hf.source import check
@@ -22,7 +21,6 @@ from intellect3.models.stored.shards import SHARD_BYTES
 
 __all__ = [
   "SHARD_BYTES",
-  "TOKENIZER_FILES",
   "check",
   "load",
   "load_sharded",

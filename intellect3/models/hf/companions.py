@@ -15,25 +15,19 @@ from typing import Any
 
 from intellect3.models import hf_config
 from intellect3.models.config import ModelConfig
-from intellect3.models.hf.source import EXTRA_LAYERS, Source
+from intellect3.models.hf.source import EXTRA_LAYERS, Source, count_extra_layers
 from intellect3.models.stored import directory as stored
 from intellect3.models.stored.directory import Directory
 from intellect3.models.stored.shards import Deferred
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "chat_template.json",
-  "generation_config.json",
-)
+MOST_BYTES = 100_000_000
+"""Larger files stay behind."""
+_FOLDERS = ("additional_chat_templates",)
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
+_OF_THE_WEIGHTS = ("config.json", "manifest.json")
+"""Files that are written anew with the tensors; and so are safetensors and indices."""
 EXTRAS = ("keep", "drop")
 _OWN_TO_A_FILE = ("dtype", "torch_dtype", "transformers_version", EXTRA_LAYERS)
 """Keys that are said anew of the tensors that are written, or by whoever writes them."""
@@ -50,14 +44,40 @@ def check(source: Directory | None, extras: str) -> None:
 
 
 def copy_files(source: Directory, directory: Directory) -> list[str]:
-  """Copies the tokenizer's files, those that there are; returns their names."""
-  copied = []
-  for name in TOKENIZER_FILES:
-    path, target = pathlib.Path(source) / name, pathlib.Path(directory) / name
-    if path.is_file() and path.resolve() != target.resolve():
-      shutil.copyfile(path, target)
-      copied.append(name)
+  """Copies what belongs to the model beside its weights: tokenizer, templates, code, licence.
+
+  That is every file but weights, their indices, `config.json` and `manifest.json`, hidden files and
+  those above `MOST_BYTES`; of folders only `additional_chat_templates`. What stays behind for good,
+  written anew by nobody and not hidden, is said in the log.
+
+  Returns:
+    The names of the files copied, relative to the directory.
+  """
+  root, target = pathlib.Path(source), pathlib.Path(directory)
+  copied, left = [], []
+  for path in sorted(root.iterdir()):
+    if _is_written_anew(path.name) or path.name.startswith("."):
+      continue
+    if path.is_dir() and path.name in _FOLDERS:
+      inside = sorted(path.iterdir())
+    else:
+      inside = [path]
+    for file in inside:
+      name = file.relative_to(root).as_posix()
+      is_weights = name.endswith(_OTHER_WEIGHTS)
+      if is_weights or not file.is_file() or file.stat().st_size > MOST_BYTES:
+        left.append(name)
+      elif file.resolve() != (target / name).resolve():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
+        copied.append(name)
+  if left:
+    logger.info("%s: not copied along: %s", root, ", ".join(left))
   return copied
+
+
+def _is_written_anew(name: str) -> bool:
+  return name in _OF_THE_WEIGHTS or name.endswith((".index.json", ".safetensors"))
 
 
 def write_config(
@@ -104,7 +124,7 @@ def config_values(
 def has_extras(source: Directory) -> bool:
   """Whether a directory's config says that it has layers past the last; it may hold no tensors."""
   path = pathlib.Path(source) / "config.json"
-  return path.is_file() and bool(stored.read_json(path).get(EXTRA_LAYERS))
+  return path.is_file() and count_extra_layers(stored.read_json(path)) > 0
 
 
 def extra_tensors(source: Source, extras: str) -> Iterator[tuple[str, Deferred]]:

@@ -20,6 +20,7 @@ from intellect3.models.config import ModelConfig
 from intellect3.models.hf import layout, names
 from intellect3.models.hf.source import Source, check_head, open_source
 from intellect3.models.stored import directory as stored
+from intellect3.models.stored import overflow
 from intellect3.models.stored.directory import Directory
 
 logger = logging.getLogger(__name__)
@@ -50,16 +51,19 @@ def load(
 
   Raises:
     ValueError: for a missing or broken file, an unknown family, a head that should repeat the
-      embedding and does not, tensors of several dtypes in one stack; and one that lists every
-      missing, unexpected, misshapen and broken tensor.
+      embedding and does not, tensors of several dtypes in one stack; one that lists every missing,
+      unexpected, misshapen and broken tensor; and one that lists every tensor with finite values
+      that `dtype` cannot hold.
   """
   source = open_source(directory, **run_options)
   _say_extras(source)
   params: transformer.Params = {}
+  overflows: list[str] = []
   for entry in names.entries(source.config):
     whole = (slice(None),) * len(layout.leaf_shape(source.config, entry))
     kind = leaf_dtype(entry, dtype or stored_dtype(source, entry))
-    layout.put(params, entry.path, read(source, entry, whole, kind))
+    layout.put(params, entry.path, read(source, entry, whole, kind, overflows))
+  overflow.refuse(overflows)
   name = str(params["embedding"].dtype)
   return dataclasses.replace(source.config, param_dtype=name, dtype=name), params
 
@@ -91,6 +95,7 @@ def load_sharded(
       raise ValueError(f"{directory}: {field}: expected {expected!r}, got {given!r}")
   _say_extras(source)
   params: transformer.Params = {}
+  overflows: list[str] = []
   for entry in names.entries(config):
     kind = leaf_dtype(entry, dtype or stored_dtype(source, entry))
     shape, sharding = layout.leaf_shape(config, entry), layout.leaf(shardings, entry.path)
@@ -100,10 +105,11 @@ def load_sharded(
     indices = sharding.addressable_devices_indices_map(shape)
     for device, index in sorted(indices.items(), key=lambda item: _order(item[1], shape)):
       if held is None or held[0] != index:
-        held = (index, read(source, entry, index, kind))
+        held = (index, read(source, entry, index, kind, overflows))
       shards.append(jax.block_until_ready(jax.device_put(held[1], device)))
     array = jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=kind)
     layout.put(params, entry.path, array)
+  overflow.refuse(overflows)
   return params
 
 
@@ -131,7 +137,13 @@ def stored_dtype(source: Source, entry: names.Entry) -> np.dtype:
   return found.pop()
 
 
-def read(source: Source, entry: names.Entry, index: Index, dtype: np.dtype) -> np.ndarray:
+def read(
+  source: Source,
+  entry: names.Entry,
+  index: Index,
+  dtype: np.dtype,
+  overflows: list[str] | None = None,
+) -> np.ndarray:
   """A part of one of our arrays, from the tensors that hold it.
 
   Args:
@@ -139,23 +151,32 @@ def read(source: Source, entry: names.Entry, index: Index, dtype: np.dtype) -> n
     entry: the kind of tensor.
     index: a slice (step 1) per axis of our array, as `jax.Array` shards have it.
     dtype: to convert to.
+    overflows: gets a line for every tensor with finite values that dtype cannot hold, for
+      `overflow.refuse`.
 
   Returns:
     A new array.
+
+  Raises:
+    ValueError: without `overflows`, there is such a tensor.
   """
   shape = layout.leaf_shape(source.config, entry)
   ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
   axes = entry.stack_axes
+  lines: list[str] = []
   out = _aligned(tuple(map(len, ranges)), dtype)
 
   def fill(at: tuple[int, ...]) -> None:
     where = tuple(place - ids.start for place, ids in zip(at, ranges[:axes], strict=True))
-    stored.read_into(
+    name = names.name(source.config, entry, at)
+    largest = stored.read_into(
       out[where],
       source.root,
-      source.places[names.name(source.config, entry, at)],
+      source.places[name],
       lambda tensor: layout.to_ours(entry, tensor, shape[axes:])[index[axes:]],
     )
+    if largest:
+      lines.append(overflow.line(name, dtype, largest))
 
   every = itertools.product(*ranges[:axes])
   if out.nbytes < _PARALLEL_BYTES:
@@ -165,6 +186,10 @@ def read(source: Source, entry: names.Entry, index: Index, dtype: np.dtype) -> n
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="read") as pool:
       for _ in pool.map(fill, every):
         pass
+  if overflows is None:
+    overflow.refuse(lines)
+  else:
+    overflows += lines
   if source.repeated_head and entry.path == ("embedding",):
     first, last, _ = index[0].indices(shape[0])
     check_head(source, first, last)

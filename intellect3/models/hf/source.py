@@ -73,11 +73,11 @@ def open_source(directory: Directory, **run_options: Any) -> Source:
   try:
     raw = stored.read_json(root / "config.json")
     config = ModelConfig.from_hf(raw, **run_options)
+    extra_layers = count_extra_layers(raw)
   except (ValueError, TypeError) as error:
     raise ValueError(f"{root}: {error}") from error
   places, faults = stored.scan(root)
   places = fused.split(places, config)
-  extra_layers = raw.get(EXTRA_LAYERS) or 0
   limit = config.num_layers + extra_layers
   extras = []
   slots = {slot.name: slot for slot in names.slots(config)}
@@ -104,6 +104,22 @@ def open_source(directory: Directory, **run_options: Any) -> Source:
   if problems:
     raise ValueError(f"{root}: the tensors do not fit the config:\n  " + "\n  ".join(problems))
   return Source(root, config, raw, places, tuple(extras), repeated)
+
+
+def count_extra_layers(raw: Mapping[str, Any]) -> int:
+  """How many layers past the last a `config.json` says there are.
+
+  Raises:
+    ValueError: it says no number.
+  """
+  count = raw.get(EXTRA_LAYERS)
+  if count is None:
+    return 0
+  if type(count) is not int or count < 0:
+    raise ValueError(
+      f"config.json: {EXTRA_LAYERS}: expected an integer of at least 0, got {count!r}"
+    )
+  return count
 
 
 def check_head(source: Source, first: int, last: int) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
 from intellect3.models.hf import companions, layout, names
-from intellect3.models.hf.source import EXTRA_LAYERS, open_source
-from intellect3.models.stored import aside, directory, shards
+from intellect3.models.hf.source import count_extra_layers, open_source
+from intellect3.models.stored import aside, directory, overflow, shards
 from intellect3.models.stored.directory import Directory
 from intellect3.models.stored.shards import Deferred
 
@@ -40,7 +40,10 @@ def to_hf(config: ModelConfig, params: transformer.Params) -> Iterator[tuple[str
 
 
 def tensors(
-  config: ModelConfig, params: transformer.Params, dtype: str | None = None
+  config: ModelConfig,
+  params: transformer.Params,
+  dtype: str | None = None,
+  overflows: list[str] | None = None,
 ) -> Iterator[tuple[str, Deferred]]:
   """The checkpoint's tensors by name, made when they are asked for.
 
@@ -48,6 +51,8 @@ def tensors(
     config: of the model.
     params: nested dict of NumPy or (addressable) JAX arrays.
     dtype: to convert to; None keeps each leaf's. The router's correction bias keeps its own.
+    overflows: gets a line for every tensor made that has finite values which the dtype cannot hold,
+      for `overflow.refuse`. Without it the first of them raises when it is made.
 
   Raises:
     ValueError: a leaf's shape does not fit the config.
@@ -63,19 +68,34 @@ def tensors(
     kind = np.dtype(entry.dtype or dtype or given.dtype)
     shape = names.stored_shape(entry, expected[entry.stack_axes :])
     for at in np.ndindex(names.stack_shape(config, entry)):
-      yield names.name(config, entry, at), _deferred(entry, given, at, shape, kind)
+      name = names.name(config, entry, at)
+      yield name, converted(name, _part(entry, given, at, shape), kind, overflows)
 
 
-def _deferred(
-  entry: names.Entry, array: Any, at: tuple[int, ...], shape: tuple[int, ...], kind: np.dtype
+def converted(
+  name: str, tensor: Deferred, kind: np.dtype, overflows: list[str] | None = None
 ) -> Deferred:
-  def make() -> np.ndarray:
-    given = layout.to_stored(entry, np.asarray(jax.device_get(array[at])))
-    stored = np.empty(shape, kind)
-    directory.copy(stored, given.reshape(shape))
-    return stored
+  """A tensor of another dtype; the arguments as of `tensors`."""
 
-  return Deferred(shape, kind, make)
+  def make() -> np.ndarray:
+    out = np.empty(tensor.shape, kind)
+    largest = directory.copy(out, tensor.read())
+    if largest:
+      line = overflow.line(name, kind, largest)
+      if overflows is None:
+        overflow.refuse([line])
+      else:
+        overflows.append(line)
+    return out
+
+  return Deferred(tensor.shape, kind, make)
+
+
+def _part(entry: names.Entry, array: Any, at: tuple[int, ...], shape: tuple[int, ...]) -> Deferred:
+  def make() -> np.ndarray:
+    return layout.to_stored(entry, np.asarray(jax.device_get(array[at]))).reshape(shape)
+
+  return Deferred(shape, np.dtype(array.dtype), make)
 
 
 def save(
@@ -108,18 +128,21 @@ def save(
     threads: files written at a time.
 
   Raises:
-    ValueError: a leaf's shape does not fit the config, or source or extras are not as they should.
+    ValueError: a leaf's shape does not fit the config, source or extras are not as they should, or
+      tensors have finite values that `dtype` cannot hold (it lists them).
   """
   companions.check(source, extras)
   stored = dtype or str(params["embedding"].dtype)
 
   def fill(room: pathlib.Path) -> None:
-    every, extra_layers = tensors(config, params, dtype), 0
+    overflows: list[str] = []
+    every, extra_layers = tensors(config, params, dtype, overflows), 0
     if source is not None and companions.has_extras(source):
       opened = open_source(source)
       every = itertools.chain(every, companions.extra_tensors(opened, extras))
-      extra_layers = opened.raw[EXTRA_LAYERS] if extras == "keep" else 0
+      extra_layers = count_extra_layers(opened.raw) if extras == "keep" else 0
     shards.write(room, every, shard_bytes=shard_bytes, threads=threads)
+    overflow.refuse(overflows)
     companions.write_config(room, config, stored, source, extra_layers)
     if source is not None:
       companions.copy_files(source, room)

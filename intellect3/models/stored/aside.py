@@ -27,15 +27,18 @@ def write(directory: str | os.PathLike[str], fill: Callable[[pathlib.Path], None
     fill: writes the files into the directory that it is given. Where it raises, nothing is left.
 
   Raises:
-    ValueError: the directory is a file.
+    ValueError: the directory is a file, or cannot be made.
   """
   target = pathlib.Path(directory).absolute()
   if target.exists() and not target.is_dir():
     raise ValueError(f"directory: expected a directory, got the file {directory}")
-  target.parent.mkdir(parents=True, exist_ok=True)
   aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
   try:
+    target.parent.mkdir(parents=True, exist_ok=True)
     aside.mkdir()
+  except OSError as error:
+    raise ValueError(f"{directory}: cannot be made: {error.strerror}") from error
+  try:
     fill(aside)
     for path in aside.rglob("*"):
       shards.flush(path)
@@ -55,5 +58,7 @@ def _replace(aside: pathlib.Path, target: pathlib.Path) -> None:
     if _WEIGHTS.fullmatch(path.name) or path.name == formats.INDEX:
       path.unlink()
   for path in sorted(aside.iterdir(), key=lambda path: path.name == LAST):
+    if path.is_dir() and (target / path.name).is_dir():
+      shutil.rmtree(target / path.name)  # a rename replaces files, and no directory with any
     os.replace(path, target / path.name)
   shards.flush(target)

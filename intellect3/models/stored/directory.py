@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from intellect3.models.stored import formats
+from intellect3.models.stored import formats, overflow
 from intellect3.models.stored.formats import Place
 
 _BLOCK_BYTES, _PAD_BYTES = 1 << 20, 64
@@ -72,8 +72,8 @@ def mapped(directory: Directory, place: Place) -> np.ndarray:
 
 def read_into(
   out: np.ndarray, directory: Directory, place: Place, view: Callable[[np.ndarray], np.ndarray]
-) -> None:
-  """Copies a part of a tensor, converted to the dtype of where it goes.
+) -> float:
+  """Copies a part of a tensor, converted to the dtype of where it goes; returns as `copy`.
 
   Args:
     out: where it goes.
@@ -81,11 +81,22 @@ def read_into(
     place: of the tensor.
     view: tensor as stored -> view of out's shape (a slice, a transposition; no copy).
   """
-  copy(out, view(mapped(directory, place)))
+  return copy(out, view(mapped(directory, place)))
 
 
-def copy(out: np.ndarray, source: np.ndarray) -> None:
+def copy(out: np.ndarray, source: np.ndarray) -> float:
   """`out[...] = source`, several times as fast where a large source is a transposition.
+
+  Returns:
+    The largest size of a finite value that out's dtype cannot hold; 0.0 where it holds all.
+  """
+  with np.errstate(over="ignore"):  # it is returned
+    _copy(out, source)
+  return overflow.largest_lost(out, source)
+
+
+def _copy(out: np.ndarray, source: np.ndarray) -> None:
+  """Copies, at best speed.
 
   Blocks that fit in a cache are converted in the order in which they lie and turned from there; the
   rows of the block between are padded, since those of matrices whose width is a power of two would
@@ -130,7 +141,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     value = json.loads(path.read_text())
   except OSError as error:
     raise ValueError(f"{path.name}: cannot be read: {error.strerror}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path.name}: no valid JSON: {error}") from error
   if not isinstance(value, dict):
     raise ValueError(f"{path.name}: expected a JSON object, got {type(value).__name__}")

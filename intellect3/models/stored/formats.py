@@ -61,7 +61,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     raise ValueError(f"{file.name}: truncated: the header ends after {len(text)} of {size} bytes")
   try:
     header = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{file.name}: the safetensors header is not JSON") from error
   if not isinstance(header, dict):
     raise ValueError(
@@ -76,8 +76,9 @@ def scan(path: str | os.PathLike[str]) -> tuple[dict[str, Place], dict[str, str]
 
   Returns:
     The tensors that are sound, in the file's order, and the faults: by the tensor's name an entry
-    that is none, an unknown dtype, a tensor past the end of the file; by the file's name that it
-    cannot be read.
+    that is none, an unknown dtype, a tensor past the end of the file, or not right behind the one
+    before it (they share bytes, or bytes are nobody's); by the file's name that it cannot be read,
+    or holds more.
   """
   path = pathlib.Path(path)
   try:
@@ -101,7 +102,33 @@ def scan(path: str | os.PathLike[str]) -> tuple[dict[str, Place], dict[str, str]
       faults[name] = f"truncated: {name}: expected {path.name} to have {needed} bytes, got {size}"
       continue
     places[name] = place
+  for name, fault in _misplaced(path.name, header, size - start).items():
+    places.pop(name, None)
+    faults.setdefault(name, fault)
   return places, faults
+
+
+def _misplaced(file: str, header: Mapping[str, Any], size: int) -> dict[str, str]:
+  """Tensors that do not follow each other without gap, and bytes after the last, as faults."""
+  spans: list[tuple[int, int, str]] = []
+  for name, entry in header.items():
+    offsets: Any = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+      return {}  # that tensor is broken: where the others should be cannot be known
+    spans.append((offsets[0], offsets[1], name))
+  faults: dict[str, str] = {}
+  end, last = 0, "the header"
+  for first, stop, name in sorted(spans):
+    if first != end:
+      faults[name] = (
+        f"misplaced: {name} in {file}: expected its bytes right behind {last}, at {end}, "
+        f"got {first}"
+      )
+    if stop >= end:
+      end, last = stop, name
+  if size > end:
+    faults[file] = f"unexpected: {size - end} bytes in {file} behind {last}"
+  return faults
 
 
 def _place(file: str, start: int, entry: Any) -> Place:
@@ -112,9 +139,13 @@ def _place(file: str, start: int, entry: Any) -> Place:
     raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {entry['dtype']!r}")
   dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
   for field, numbers in (("shape", shape), ("data_offsets", offsets)):
-    if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+    if not _are_sizes(numbers):
       raise ValueError(f"{field}: expected sizes, got {numbers!r}")
   size = math.prod(shape) * dtype.itemsize
   if len(offsets) != 2 or offsets[1] - offsets[0] != size:
     raise ValueError(f"data_offsets: expected {size} bytes apart, got {offsets}")
   return Place(file, dtype, tuple(shape), start + offsets[0], size)
+
+
+def _are_sizes(numbers: Any) -> bool:
+  return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
