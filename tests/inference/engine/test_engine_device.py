@@ -11,7 +11,7 @@ import engine_formula as formula
 import jax
 import numpy as np
 import pytest
-from engine_house import (
+from engine_serve import (
   CONFIG,
   CONTEXT,
   PAGE,
