@@ -24,24 +24,46 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ.setdefault("XLA_FLAGS", QUICK_COMPILES)
 
-SHARED_SERVERS = ("inference/engine", "real_sglang")
-"""Folders whose files share a server: they run in one process."""
+GROUPS = {
+  "test_rl_run.py": "runs",  # of one warmed-up model
+  "test_rl_servers.py": "runs",
+  "real_sglang": "real_sglang",  # of one server
+  "inference/engine": "engine",
+}
+"""Files, and folders of files, that share what is dear to make: they run in one process."""
 
-SHARED_MODEL = ("test_rl_run.py", "test_rl_servers.py")
-"""Likewise files that share the warmed-up model."""
+FIRST = ("runs", "engine", "real_sglang")
+"""The longest of these groups, so that none is what the others wait for at the end."""
 
 SFT = "experiments/configs/runs/demo_sft.gin"
 
 
+def group_of(file):
+  """The group of a file under `tests`, or the file itself."""
+  return GROUPS.get(file.as_posix()) or GROUPS.get(file.parent.as_posix()) or file.as_posix()
+
+
 def pytest_collection_modifyitems(items):
-  """Says what belongs in one process of several (`-n`)."""
+  """Begins with the groups of `FIRST`."""
   here = pathlib.Path(__file__).parent
-  for item in items:
-    file = item.path.relative_to(here)
-    group = "runs" if file.name in SHARED_MODEL else str(file)
-    if file.parent.as_posix() in SHARED_SERVERS:
-      group = file.parent.as_posix()
-    item.add_marker(pytest.mark.xdist_group(group))
+  ranks = {name: rank for rank, name in enumerate(FIRST)}
+  items.sort(key=lambda item: ranks.get(group_of(item.path.relative_to(here)), len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Gives each of several processes (`-n`) a group at a time, in the order of collection.
+
+  (xdist's own `loadgroup` writes the group into an attribute that pytest 9 no longer reads.)
+  """
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Groups(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      return group_of(pathlib.PurePath(nodeid.split("::")[0]).relative_to("tests"))
+
+  config.option.loadscopereorder = False
+  return Groups(config, log)
 
 
 @pytest.fixture(scope="session")
