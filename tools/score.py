@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import pathlib
-import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -216,7 +215,7 @@ def write(out: pathlib.Path, scored: Scored, config: ModelConfig) -> None:
 
 
 def _short(value: Any) -> str:
-  text = reprlib.repr(value)  # of any depth
+  text = repr(value)
   return text if len(text) <= 60 else f"{text[:60]}.."
 
 

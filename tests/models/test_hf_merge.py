@@ -67,6 +67,18 @@ def test_tensors_take_the_dtype_of_those_they_replace():
   assert_same(leaves(merged), leaves(jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), new)))
 
 
+def test_tensors_that_the_held_dtype_cannot_hold_are_refused():
+  held = jax.tree.map(lambda leaf: leaf.astype(np.float16), helpers.random_params(CONFIG))
+  tensors = dict(hf.to_hf(CONFIG, helpers.random_params(CONFIG, 1)))
+  tensors["model.layers.2.mlp.experts.3.up_proj.weight"][0, 0] = 7e4
+  tensors["lm_head.weight"][0, 0] = -1e6
+  with pytest.raises(ValueError, match="too small for 2:") as error:
+    hf.merge(CONFIG, held, tensors)
+  assert "model.layers.2.mlp.experts.3.up_proj.weight: float16 holds up to 65504" in str(
+    error.value
+  )
+
+
 def test_held_arrays_may_be_read_only():
   held = jax.device_get(jax.tree.map(jax.numpy.asarray, helpers.random_params(CONFIG)))
   assert not any(leaf.flags.writeable for leaf in jax.tree.leaves(held))

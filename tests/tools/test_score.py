@@ -74,7 +74,6 @@ def test_scores_are_those_of_transformers(tmp_path, family):
   [
     ("{", "no valid JSON"),
     ("[" * 100_000, "no valid JSON"),
-    ("[" * 900 + "]" * 900, "sequence 0, token 0: expected an integer"),
     ("[]", "expected a list of at least one sequence"),
     ('{"a": 1}', "expected a list of at least one sequence"),
     ("[[1], []]", "sequence 1: expected a list of 1 to 4096 ids"),

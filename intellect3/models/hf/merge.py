@@ -11,6 +11,7 @@ import numpy as np
 from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
 from intellect3.models.hf import layout, names
+from intellect3.models.stored import directory, overflow
 
 
 def merge(
@@ -28,7 +29,8 @@ def merge(
     New params; leaves that no tensor belongs to are shared with the old ones.
 
   Raises:
-    ValueError: one that lists every unknown and misshapen tensor.
+    ValueError: one that lists every unknown and misshapen tensor, or every one with finite values
+      that the dtype of what it replaces cannot hold.
   """
   slots = {slot.name: slot for slot in names.slots(config)}
   problems = []
@@ -43,6 +45,7 @@ def merge(
   if problems:
     raise ValueError("the tensors do not fit the config:\n  " + "\n  ".join(problems))
   merged = jax.tree.map(lambda leaf: leaf, params)
+  overflows: list[str] = []
   own: set[tuple[str, ...]] = set()
   for name, tensor in tensors.items():
     if name not in slots:
@@ -52,5 +55,9 @@ def merge(
       layout.put(merged, entry.path, np.array(layout.leaf(merged, entry.path)))
       own.add(entry.path)
     value = layout.to_ours(entry, tensor, layout.slot_shape(config, entry))
-    layout.leaf(merged, entry.path)[at] = value
+    held = layout.leaf(merged, entry.path)[at]
+    largest = directory.copy(held, value)
+    if largest:
+      overflows.append(overflow.line(name, held.dtype, largest))
+  overflow.refuse(overflows)
   return merged
