@@ -36,7 +36,7 @@ SIDES = ("ours", "grouped_mm", "eager")
 SIZES = {
   "cpu": step.Size(
     model=dict(
-      vocab_size=8192,
+      vocab_size=4096,
       embed_dim=512,
       num_layers=8,
       num_heads=8,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from intellect3.kernels import dispatch
 
@@ -23,9 +24,21 @@ def expert_mlp(
   experts_TA: jax.Array,
   weights_TA: jax.Array,
 ) -> jax.Array:
-  """See `interface.expert_mlp`; hidden activations are in the dtype of x."""
+  """See `interface.expert_mlp`; hidden activations are in the dtype of x.
+
+  Raises:
+    ValueError: on a mesh of several devices outside `shard_map`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
+    raise ValueError(
+      f"grouped_matmul: tokamax expects shard_map on several devices, got mesh {mesh}"
+    )
   import tokamax
 
+  if not flags.FLAGS.is_parsed():
+    # Else tokamax parses sys.argv, and ends processes that are not absl's over flags of their own.
+    flags.FLAGS.mark_as_parsed()
   plan = dispatch.plan(experts_TA, num_experts=gate_EDF.shape[0], block_size=0)
   multiply = functools.partial(
     tokamax.ragged_dot, group_sizes=plan.counts_E, implementation="triton"
