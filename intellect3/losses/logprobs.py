@@ -43,7 +43,7 @@ def chunked_logprobs(
     head_DV: floating [D, V]; multiplied in the dtype of the hidden states, summed in float32.
     targets_N: integer [N], each in [0, V); a target outside gets the logprob NaN.
     temperature_N: floating [N], >= 0.
-    chunk_size: tokens per chunk, >= 1; N need not be a multiple. The backward pass holds about three
+    chunk_size: tokens per chunk, >= 1; N need not be a multiple. A backward pass holds about three
       float32 arrays [chunk, V]: 444 MiB at 256 x 151,552.
 
   Returns:
