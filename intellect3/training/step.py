@@ -190,14 +190,10 @@ def make_gradient_fn(
     denominator = batch.loss_tokens.astype(jnp.float32)
     gradient = jax.grad(micro_loss, has_aux=True)
     first = {name: array[0] for name, array in micro.items()}
-    _, shapes = jax.eval_shape(gradient, params, first, denominator)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
-    def add(carry: tuple[Any, Metrics], rows: dict[str, jax.Array]):
-      return jax.tree.map(jnp.add, carry, gradient(params, rows, denominator)), None
-
-    (grads, metrics), _ = jax.lax.scan(add, (zeros, metrics), micro)
+    if micro["tokens"].shape[0] == 1:  # nothing to add up: no second tree of gradients
+      grads, metrics = gradient(params, first, denominator)
+    else:
+      grads, metrics = _sum_over(lambda rows: gradient(params, rows, denominator), first, micro)
     if "expert_load_LE" in metrics:
       load_LE = metrics["expert_load_LE"]
       mean_L = jnp.maximum(load_LE.mean(axis=1), 1e-9)
@@ -209,6 +205,15 @@ def make_gradient_fn(
     return grads, metrics
 
   return gradient_fn
+
+
+def _sum_over(function: Callable[[Any], Any], first: Any, rows: Any) -> Any:
+  """Sums a function's trees over the leading axis of `rows`, one after the other."""
+  zeros = jax.tree.map(
+    lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(function, first)
+  )
+  add = lambda carry, row: (jax.tree.map(jnp.add, carry, function(row)), None)  # noqa: E731
+  return jax.lax.scan(add, zeros, rows)[0]
 
 
 def _split(array: jax.Array, micro_rows: int) -> jax.Array:
