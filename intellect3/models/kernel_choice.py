@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from intellect3.kernels import attention, grouped_matmul
-from intellect3.kernels.attention.interface import traced_platform
+from intellect3.kernels.platform import traced_platform
 from intellect3.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 
 from intellect3.kernels.attention import attention, interface, tokamax
+from intellect3.kernels.platform import traced_platform
 from tests.kernels import attention_cases as cases
 
 B, T, S, N, K, H = 2, 7, 9, 6, 2, 4
@@ -111,9 +112,9 @@ def test_names_resolve_by_platform(name, platform, dtype, installed, expected, m
 
 
 def test_the_platform_is_that_of_the_mesh_traced_for():
-  assert interface.traced_platform() == "cpu"
+  assert traced_platform() == "cpu"
   with jax.set_mesh(jax.make_mesh((1,), ("data",))):
-    assert interface.traced_platform() == "cpu"
+    assert traced_platform() == "cpu"
   with pytest.raises(ValueError, match="on cpu, got 'tokamax'"):
     attention(**inputs(), scale=1.0, implementation="tokamax")
 

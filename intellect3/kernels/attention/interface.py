@@ -10,9 +10,9 @@ import chex
 import jax
 
 from intellect3.kernels.attention import blockwise, plain, tokamax
+from intellect3.kernels.platform import PLATFORMS, traced_platform
 
 IMPLEMENTATIONS = ("plain", "blockwise", "tokamax", "auto")
-PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def attention(
@@ -74,13 +74,6 @@ def attention(
     return blockwise.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale, plan=plan)
   attend = tokamax.attend if name == "tokamax" else plain.attend
   return attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale)
-
-
-def traced_platform() -> str:
-  """The platform of the mesh that is set, else of the default backend: cpu, gpu or tpu."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = jax.default_backend() if device is None else device.platform
-  return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def resolve(name: str, platform: str, dtype: str = "bfloat16") -> str:

@@ -8,8 +8,8 @@ import importlib.util
 import chex
 import jax
 
-from intellect3.kernels.attention.interface import PLATFORMS, traced_platform
 from intellect3.kernels.grouped_matmul import blocked, dense, tokamax
+from intellect3.kernels.platform import PLATFORMS, traced_platform
 
 IMPLEMENTATIONS = ("dense", "blocked", "tokamax", "auto")
 
