@@ -21,12 +21,15 @@ SPLIT = {"attention": "blockwise", "grouped_matmul": "blocked"}
 (`tokamax`) it cannot split."""
 
 
-def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
+def resolve(
+  config: ModelConfig, platform: str | None = None, *, level: int = logging.INFO
+) -> ModelConfig:
   """The config with concrete kernels; logs what was chosen.
 
   Args:
     config: of the model.
     platform: cpu, gpu or tpu; None is that of the mesh that is set, else jax's default.
+    level: of the log's lines.
 
   Raises:
     ValueError: for an unknown kernel, or one that cannot run there.
@@ -43,5 +46,5 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
     if auto and several:
       chosen[field] = SPLIT[field]
     where = f"{mesh.size} x {platform}" if several else platform
-    logger.info("%s on %s: %s%s", field, where, chosen[field], " (auto)" if auto else "")
+    logger.log(level, "%s on %s: %s%s", field, where, chosen[field], " (auto)" if auto else "")
   return dataclasses.replace(config, **chosen)

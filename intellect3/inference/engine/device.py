@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import logging
 import os
 import pathlib
 import time
@@ -251,7 +252,7 @@ def load(
     raise ValueError(f"Cannot find any model weights with `{path}`.")
   dtypes = {"dtype": dtype or param_dtype, "param_dtype": param_dtype}
   config = hf.check(path, **{key: value for key, value in dtypes.items() if value is not None})
-  config = kernel_choice.resolve(config)
+  config = kernel_choice.resolve(config, level=logging.DEBUG)  # the server says it, once it is up
   _, shardings = _layout(config, tensor_parallel)
   return config, hf.load_sharded(path, config, shardings, dtype=param_dtype)
 

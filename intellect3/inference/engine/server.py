@@ -103,6 +103,7 @@ def build(settings: Settings) -> Parts:
     tensor_parallel=settings.tp_size,
   )
   seconds = device.warm_up(*batcher.padding())
+  log.info("grouped_matmul: %s", config.grouped_matmul)
   log.info("%d executables ready in %.1f s", len(device.compiled), seconds)
   return Parts(device, batcher, serving)
 
