@@ -40,7 +40,7 @@ test: $(STAMP) ## the default suite (CPU, minutes)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-slow: $(STAMP) ## the tests too long for the default suite
-	$(BIN)/python -m pytest -m 'slow and not gpu and not real_sglang'
+	XLA_FLAGS= $(BIN)/python -m pytest -m 'slow and not gpu and not real_sglang'
 
 sglang: $(STAMP) ## a real SGLang for the CPU in .sglang (3 GB, minutes; see docs/sglang.md)
 	$(BIN)/python -m tools.sglang.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
