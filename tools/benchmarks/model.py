@@ -52,7 +52,7 @@ SIZES = {
     steps=1,
     experts="",
   ),
-  "small": step.Size(model=dict(), rows=2, length=64, steps=1, experts=""),
+  "small": step.Size(model=dict(), rows=2, length=64, steps=50, experts=""),
 }
 TOLERANCE = 1e-4
 
@@ -145,6 +145,8 @@ def run_side(arguments: argparse.Namespace) -> None:
     if question == "matmul":
       answer = {"seconds": side.matmul_seconds(amount)}
     else:
+      # Not timed: while others had their turn, the system may have taken an idle process's pages.
+      side.loss()
       wall, cpu = time.perf_counter(), time.process_time()
       for _ in range(amount):
         side.loss()
@@ -163,7 +165,13 @@ def start_side(name: str, directory: str, arguments: argparse.Namespace) -> Side
   command += ["--threads", str(arguments.threads)]
   command += ["--head-chunk-size", str(arguments.head_chunk_size)]
   command += ["--run-options", arguments.run_options]
-  return Side(command, {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(arguments.threads)})
+  environment = {
+    "JAX_PLATFORMS": "cpu",
+    "OMP_NUM_THREADS": str(arguments.threads),
+    # Huge pages for every side: gigabytes of temporaries are else half a million page faults.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+  }
+  return Side(command, environment)
 
 
 def check_agreement(firsts: dict[str, dict[str, Any]]) -> None:
@@ -190,6 +198,8 @@ def against_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
       for repetition in range(arguments.repetitions):
         for name in names if repetition % 2 == 0 else names[::-1]:
           answers[name].append(sides[name].ask(["passes", size.steps]))
+          seconds = answers[name][-1]["wall_seconds"]
+          print(f"turn {repetition + 1}: {name} {seconds:.2f} s", file=sys.stderr, flush=True)
           if name == "ours":
             matmuls.append(sides[name].ask(["matmul", arguments.matmul])["seconds"])
     finally:
