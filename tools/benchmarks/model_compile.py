@@ -1,7 +1,8 @@
-"""Seconds to trace and to compile the train step of a deep and narrow model.
+"""Seconds to trace and to compile a deep and narrow model: its gradient alone, and its train step.
 
 Part of `tools.benchmarks.model` (`--compile`): GLM-4.5-Air's depth, one dense and 45 MoE layers, at
-the width of the preset `tiny`. The persistent compilation cache is off; imports are not counted.
+the width of the preset `tiny`; AdamW in the train step. The persistent compilation cache is off;
+imports are not counted.
 """
 
 import statistics
@@ -13,6 +14,7 @@ import numpy as np
 
 from intellect3.losses import supervised
 from intellect3.models import presets, transformer
+from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
@@ -25,7 +27,7 @@ def measure(repetitions: int = 3) -> dict[str, Any]:
   """Compiles the step a few times over; returns medians, in seconds."""
   jax.config.update("jax_enable_compilation_cache", False)
   depth = presets.glm_4_5_air()
-  seconds: list[dict[str, float]] = []
+  seconds: dict[str, list[dict[str, float]]] = {"gradient": [], "step": []}
   for repetition in range(repetitions):
     # A config of its own each time, so that nothing traced before is found again.
     config = presets.tiny(
@@ -34,35 +36,34 @@ def measure(repetitions: int = 3) -> dict[str, Any]:
       remat_policy="full",
       rms_norm_eps=1e-5 * (1 + repetition / 1000),
     )
-    seconds.append(_compile_once(config))
-  keys = seconds[0]
+    for name, (program, state) in _programs(config).items():
+      seconds[name].append(_compile_once(program, state))
+  report: dict[str, Any] = {"layers": depth.num_layers, "rows": ROWS, "length": LENGTH}
+  for name, every in seconds.items():
+    medians = {key: statistics.median(once[key] for once in every) for key in every[0]}
+    report[name] = {**medians, "first": every[0]}
+  return report
+
+
+def _programs(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
+  """The jitted functions, each with the shapes of its first argument."""
+  optimizer = optimizers.adamw(learning_rate=1e-4, clip_norm=1.0)
+  loss = steps.supervised(supervised.negative_log_likelihood)
+  sizes = {"micro_rows": ROWS, "head_chunk_size": 512}
+  params, _ = transformer.abstract(config)
+  state = jax.eval_shape(lambda params: states.create(params, optimizer), params)
+  step = jax.jit(steps.make_train_step(config, loss, optimizer, **sizes), donate_argnums=0)
   return {
-    "layers": config.num_layers,
-    "rows": ROWS,
-    "length": LENGTH,
-    **{key: statistics.median(once[key] for once in seconds) for key in keys},
-    "first": seconds[0],
+    "gradient": (jax.jit(steps.make_gradient_fn(config, loss, **sizes)), params),
+    "step": (step, state),
   }
 
 
-def _compile_once(config: Any) -> dict[str, float]:
-  optimizer = optimizers.adamw(learning_rate=1e-4, clip_norm=1.0)
-  train_step = jax.jit(
-    steps.make_train_step(
-      config,
-      steps.supervised(supervised.negative_log_likelihood),
-      optimizer,
-      micro_rows=ROWS,
-      head_chunk_size=512,
-    ),
-    donate_argnums=0,
-  )
-  params, _ = transformer.abstract(config)
-  state = jax.eval_shape(lambda params: states.create(params, optimizer), params)
+def _compile_once(program: Any, state: Any) -> dict[str, float]:
   batch = packing.empty_batch(ROWS, LENGTH, step=1, loss_tokens=1)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), batch)
   clock = [(time.perf_counter(), time.process_time())]
-  traced = train_step.trace(state, shapes)
+  traced = program.trace(state, shapes)
   clock.append((time.perf_counter(), time.process_time()))
   lowered = traced.lower()
   clock.append((time.perf_counter(), time.process_time()))
