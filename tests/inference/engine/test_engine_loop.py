@@ -208,7 +208,7 @@ def test_a_client_that_goes_away_stops_no_command(house):
     assert await house.engine.abort() == 1
     assert await house.engine.abort() == 0  # the loop has been round once more
     assert house.engine.paused
-    while house.engine.weights.version != "1":  # prepared in a thread of its own
+    while house.engine.weights.version != "1":  # noqa: ASYNC110 - prepared in a thread
       await asyncio.sleep(0.01)
 
   run(scenario)
