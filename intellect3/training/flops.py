@@ -30,11 +30,10 @@ def active_matmul_params(config: ModelConfig) -> int:
   experts = config.num_experts_per_token + config.num_shared_experts
   moe = 3 * config.embed_dim * config.expert_mlp_dim * experts
   moe += config.embed_dim * config.num_experts  # router
-  dense_layers = config.num_dense_layers if config.num_experts else config.num_layers
   return (
     config.num_layers * attention
-    + dense_layers * dense
-    + (config.num_layers - dense_layers) * moe
+    + config.num_dense_layers * dense
+    + config.num_moe_layers * moe
     + config.embed_dim * config.vocab_size
   )
 

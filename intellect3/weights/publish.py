@@ -83,7 +83,7 @@ def publish(
     if tokenizer_from is not None:
       companions.copy_files(tokenizer_from, aside)
     _write_manifest(aside, version, canary_ids, canary_logprobs, written)
-    for path in aside.iterdir():
+    for path in aside.rglob("*"):
       if path.suffix != ".safetensors":  # those are on disk already
         shards.flush(path)
     shards.flush(aside)
