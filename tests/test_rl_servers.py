@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,9 +10,18 @@ import time
 import psutil
 import pytest
 
-from intellect3.rl import servers
+from experiments import rl_run
+from intellect3.rl import servers, serving
 from intellect3.rl.checks import NotStarted
 from tests.test_rl_run import SYNCHRONOUS, arguments, identity, processes_of, rows, run
+  SYNCHRONOUS,
+  arguments,
+  identity,
+  processes_of,
+  rows,
+  run,
+  run_here,
+)
 
 ORCHESTRATOR = "http://127.0.0.1:8700"
 
@@ -41,6 +51,41 @@ def test_a_list_changes_while_the_run_goes_and_a_broken_one_is_not_taken(tmp_pat
   assert listed() == ("http://a:1", "http://b:2")
   path.write_text("http://b:2\n")
   assert listed() == ("http://b:2",)
+
+
+@pytest.mark.parametrize(
+  ("lag", "served"),
+  [(0, [0, 1, 2, 3, 4, 5, 6]), (2, [0, 0, 0, 1, 2, 3, 6]), (9, [0, 0, 0, 0, 0, 0, 6])],
+)
+def test_servers_lag_behind_but_for_the_last_version(lag, served):
+  assert [serving.served_version(v, lag=lag, steps=6) for v in range(7)] == served
+
+
+@pytest.mark.parametrize(("lag", "why"), [(3, r"max_off_policy_steps \(2\), got 3"), (-1, ">= 0")])
+def test_a_lag_that_would_wait_for_ever_does_not_start(model, tmp_path, capsys, lag, why):
+  settings = {"rl.run.model_path": str(model), "orchestrator.orchestrator.weights_lag": lag}
+  code = rl_run.main(arguments(tmp_path / "run", settings)[3:])
+  error = capsys.readouterr().err
+  assert code == 2 and re.search(f"weights_lag: expected .*{why}", error), error
+
+
+def test_with_lagging_weights_every_step_has_the_staleness_asked_for(model, tmp_path):
+  out = tmp_path / "run"
+  settings = {
+    "rl.run.model_path": str(model),
+    "rl.run.steps": 6,
+    "rl.run.max_off_policy_steps": 2,
+    "orchestrator.orchestrator.weights_lag": 2,
+  }
+  result = run(out, settings)
+  assert result.returncode == 0, result.stdout + result.stderr
+  trained = rows(out, "trainer")
+  assert [row["token_staleness_mean"] for row in trained] == [0, 1, 2, 2, 2, 2]
+  assert [row["token_staleness_max"] for row in trained] == [0, 1, 2, 2, 2, 2]
+  assert [row["step"] for row in rows(out, "evaluation")] == [0, 6]  # the newest, not v4
+  log = (out / "logs" / "server_0.log").read_text()
+  assert re.findall(r"v_(\d{6})", log)[-1] == "000006"
+  assert "v_000005" not in log
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def orchestrator(
   sync_patience_seconds: float = 30.0,
   canary_bound: float | None = 1e-4,
   verify_fingerprints: bool = True,
+  weights_lag: int = 0,
   evaluation_tasks: int = 0,
   server_start_seconds: float = 600.0,
   server_poll_seconds: float = 2.0,
@@ -68,6 +69,9 @@ def orchestrator(
       at the first sync (three times the difference seen then, at least 1e-4), for bfloat16 servers.
     verify_fingerprints: compare every published tensor's bytes with its manifest before a server
       gets them; reads the weights once.
+    weights_lag: for ablations of staleness: the servers are kept this many versions behind the
+      newest one, but for the last. With `max_off_policy_steps` equal to it the loop is synchronous,
+      and every token of step n has staleness min(n - 1, `weights_lag`).
     evaluation_tasks: held-out tasks per environment, greedy, at the first and last version.
     server_start_seconds: how long servers may take to answer at the start.
     server_poll_seconds: how often to look at the servers, and at the list of them (`servers.txt`).
@@ -104,6 +108,12 @@ def orchestrator(
     fleet=fleet.Settings(poll_seconds=server_poll_seconds, patience_seconds=sync_patience_seconds),
   )
   checks.integer("evaluation_tasks", evaluation_tasks, 0)
+  checks.integer("weights_lag", weights_lag, 0)
+  if weights_lag > shared.max_off_policy_steps:
+    raise NotStarted(
+      f"weights_lag: expected at most max_off_policy_steps ({shared.max_off_policy_steps}), "
+      f"got {weights_lag}: nothing would ever be fresh enough to train on"
+    )
   if set(shared.environment_weights) != set(shared.environments):
     raise NotStarted(
       f"environment_weights: expected {sorted(shared.environments)}, "
@@ -132,7 +142,7 @@ def orchestrator(
       orchestrator = orchestrator_lib.Orchestrator(
         make_scheduler=make_scheduler,
         ports=orchestrator_lib.Ports(
-          next_version=lambda version: _next_version(shared, published, version),
+          next_version=lambda version: _next_version(shared, published, version, weights_lag),
           sync=lambda version: hands[0].sync(version),
           commit=_committer(shared),
           batch_committed=lambda step: closing[0](step),
@@ -188,12 +198,16 @@ async def _until_terminated(work: Any) -> None:
     loop.remove_signal_handler(signal.SIGTERM)
 
 
-async def _next_version(shared: Shared, published: asyncio.Event, version: int) -> int:
+async def _next_version(
+  shared: Shared, published: asyncio.Event, version: int, weights_lag: int
+) -> int:
   """Waits for weights newer than `version`: told by the trainer, or seen in the directory."""
   while True:
     newest = manifests.latest(shared.weights_dir)
-    if newest is not None and newest > version:
-      return newest
+    if newest is not None:
+      served = serving.served_version(newest, lag=weights_lag, steps=shared.steps)
+      if served > version:
+        return served
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(published.wait(), timeout=0.5)
     published.clear()

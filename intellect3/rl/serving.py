@@ -217,6 +217,21 @@ class Serving:
     return self._bound
 
 
+def served_version(newest: int, *, lag: int, steps: int) -> int:
+  """The version that servers are to have when `newest` is published.
+
+  Args:
+    newest: the newest published version.
+    lag: how many versions they are kept behind it.
+    steps: last training step; its version is served as it is, since nothing is trained on what it
+      makes: it is evaluated.
+
+  Returns:
+    The version; 0 until there are more than `lag`.
+  """
+  return newest if newest >= steps else max(0, newest - lag)
+
+
 def _damage(directory: pathlib.Path, wrong: Sequence[str]) -> str:
   more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
   return f"fingerprints of {directory.name} differ from its manifest: {', '.join(wrong[:5])}{more}"
