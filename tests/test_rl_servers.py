@@ -14,14 +14,6 @@ from experiments import rl_run
 from intellect3.rl import servers, serving
 from intellect3.rl.checks import NotStarted
 from tests.test_rl_run import SYNCHRONOUS, arguments, identity, processes_of, rows, run
-  SYNCHRONOUS,
-  arguments,
-  identity,
-  processes_of,
-  rows,
-  run,
-  run_here,
-)
 
 ORCHESTRATOR = "http://127.0.0.1:8700"
 
