@@ -33,16 +33,29 @@ def step_directory(log_dir: str | os.PathLike[str], step: int) -> pathlib.Path:
 def write_shard(
   path: str | os.PathLike[str], records: Iterable[types.TrajectoryRecord]
 ) -> types.ShardEntry:
-  """Writes one shard, closed and flushed to disk, and returns its manifest entry."""
+  """Writes one shard, closed and flushed to disk, and returns its manifest entry.
+
+  Raises:
+    ValueError: a record is not sound, or names other components than the ones before it.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   lengths: list[int] = []
   loss_tokens: list[int] = []
+  component_tokens: dict[str, list[int]] = {}
   writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
   try:
     for record in records:
-      record.trajectory.check()
+      record.check()
+      counts = record.component_tokens()
+      if lengths and set(counts) != set(component_tokens):
+        raise ValueError(
+          f"rollout {record.rollout_id}: token_weights: expected the components of the other "
+          f"records, {sorted(component_tokens)}, got {sorted(counts)}"
+        )
       writer.write(types.encode(record))
+      for key, count in counts.items():
+        component_tokens.setdefault(key, []).append(count)
       lengths.append(len(record.trajectory.tokens))
       loss_tokens.append(int(record.trajectory.loss_mask.sum()))
   finally:
@@ -56,6 +69,7 @@ def write_shard(
     crc32=zlib.crc32(data),
     lengths=lengths,
     loss_tokens=loss_tokens,
+    component_tokens=component_tokens,
   )
 
 
@@ -133,6 +147,18 @@ def check_manifest(manifest: types.Manifest, step: int) -> None:
         f"manifest of step {step}: {entry.file}: expected as many loss_tokens as lengths, "
         f"got {len(entry.loss_tokens)} and {len(entry.lengths)}"
       )
+    for key, counts in entry.component_tokens.items():
+      if key not in types.COMPONENTS or len(counts) != len(entry.lengths):
+        raise ValueError(
+          f"manifest of step {step}: {entry.file}: component_tokens: expected one number a record "
+          f"for components of {types.COMPONENTS}, got {len(counts)} for {key!r}"
+        )
+  weighted = [set(entry.component_tokens) for entry in manifest.shards if entry.lengths]
+  if any(keys != weighted[0] for keys in weighted):
+    raise ValueError(
+      f"manifest of step {step}: component_tokens: expected the same components in every shard, "
+      f"got {[sorted(keys) for keys in weighted]}"
+    )
 
 
 def read_records(
@@ -160,8 +186,8 @@ def read_records(
     The records by trajectory number.
 
   Raises:
-    ValueError: a shard's size, checksum, record count, or a record's step, length or loss-masked
-      tokens differ from the manifest.
+    ValueError: a shard's size, checksum, record count, or a record's step, length, loss-masked
+      tokens or components' tokens differ from the manifest.
   """
   records: dict[int, types.TrajectoryRecord] = {}
   first = 0
@@ -221,6 +247,11 @@ def _check_record(
     ("step", step, record.step),
     ("length", entry.lengths[offset], len(record.trajectory.tokens)),
     ("loss tokens", entry.loss_tokens[offset], int(record.trajectory.loss_mask.sum())),
+    (
+      "component tokens",
+      {key: counts[offset] for key, counts in entry.component_tokens.items()},
+      record.component_tokens(),
+    ),
   ):
     if given != expected:
       raise ValueError(f"{path}: record {offset}: {field}: expected {expected}, got {given}")

@@ -28,6 +28,9 @@ NOT_SAMPLED = -1
 LOG_SCHEMA = 1
 """Version of the RolloutLog's record schema, written into every manifest."""
 
+COMPONENTS = ("rl", "ce", "ref_kl")
+"""The loss components that a token's weight may be given for."""
+
 
 class RouterShape(msgspec.Struct, frozen=True, kw_only=True):
   """What a model's routers choose of: the shape of recorded and replayed choices.
@@ -67,12 +70,15 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     environment: name of the environment in the run's mix.
     prompt: the opening messages.
     info: what the verifier needs (answer, tests, ...); never shown to the model.
+    agent: the part that the policy plays in it, where an environment has several; baselines that
+      are kept by agent tell parts apart. Empty: there is one.
   """
 
   task_id: str
   environment: str
   prompt: Sequence[Message]
   info: Mapping[str, Any] = {}
+  agent: str = ""
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,7 +193,22 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrajectoryRecord(msgspec.Struct, frozen=True, kw_only=True):
-  """One record of a RolloutLog shard: a trajectory with what the trainer needs to learn from it."""
+  """One record of a RolloutLog shard: a trajectory with what the trainer needs to learn from it.
+
+  Attributes:
+    step: the training step that it is for.
+    rollout_id: its rollout.
+    group_id: its rollout's group.
+    branch: its number among the rollout's trajectories.
+    task_id: the task attempted.
+    environment: its environment's name.
+    reward: of the rollout, as the environment gave it.
+    advantage: of the rollout.
+    trajectory: the tokens.
+    token_weights: by loss component, one of `COMPONENTS`, float32[T]: what the token's loss in that
+      component is multiplied by; 0 leaves it out of the component and of its denominator. A
+      component that is not named has weight 1 on every loss-masked token.
+  """
 
   step: int
   rollout_id: int
@@ -198,6 +219,38 @@ class TrajectoryRecord(msgspec.Struct, frozen=True, kw_only=True):
   reward: float
   advantage: float
   trajectory: Trajectory
+  token_weights: Mapping[str, np.ndarray] = {}
+
+  def check(self) -> None:
+    """Raises ValueError where the trajectory or the token weights are not what they should be."""
+    self.trajectory.check()
+    shape = self.trajectory.tokens.shape
+    for key, weights in self.token_weights.items():
+      if key not in COMPONENTS:
+        raise ValueError(f"token_weights: expected components of {COMPONENTS}, got {key!r}")
+      if not isinstance(weights, np.ndarray):
+        raise ValueError(f"token_weights[{key!r}]: expected a NumPy array, got {weights!r}")
+      if weights.shape != shape or weights.dtype != np.float32:
+        raise ValueError(
+          f"token_weights[{key!r}]: expected float32{list(shape)}, "
+          f"got {weights.dtype}{list(weights.shape)}"
+        )
+      if not np.all(np.isfinite(weights)):
+        raise ValueError(f"token_weights[{key!r}]: expected finite values, got NaN or inf")
+
+  def component_tokens(self) -> dict[str, int]:
+    """How many tokens each weighted component counts: those whose weight is not 0.
+
+    `rl` and `ref_kl` live within the loss mask; `ce` on any token but the first, which nothing
+    predicts.
+    """
+    counts = {}
+    for key, weights in self.token_weights.items():
+      counted = weights[1:] != 0
+      if key != "ce":
+        counted = (weights != 0) & self.trajectory.loss_mask
+      counts[key] = int(counted.sum())
+    return counts
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,6 +262,8 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
     crc32: checksum of the whole file.
     lengths: tokens of each record, in record order.
     loss_tokens: loss-masked tokens of each record.
+    component_tokens: by loss component that the run weights by token, the tokens of each record
+      whose weight is not 0 (`TrajectoryRecord.component_tokens`).
   """
 
   file: str
@@ -216,6 +271,7 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
   crc32: int
   lengths: Sequence[int]
   loss_tokens: Sequence[int]
+  component_tokens: Mapping[str, Sequence[int]] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """The RolloutLog: atomic commits, and shards that are not what the manifest says."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -127,3 +128,60 @@ def test_a_trajectory_that_breaks_contract_1_is_not_written(tmp_path):
       policy_versions=good.policy_versions,
       temperature=1.0,
     ).check()
+
+
+def weighted(record, **weights):
+  arrays = {key: np.asarray(value, np.float32) for key, value in weights.items()}
+  return msgspec.structs.replace(record, token_weights=arrays)
+
+
+def test_token_weights_come_back_and_the_manifest_counts_what_they_leave_in(tmp_path):
+  # Two unsampled tokens, then three sampled ones: the first cannot be predicted, and only `ce`
+  # lives outside the loss mask.
+  first = weighted(make_record(), rl=[1, 1, 0, 2, -1], ce=[0.5, 0.1, 0, 0, 1])
+  second = weighted(make_record(rollout_id=1), rl=[0] * 5, ce=[0] * 5)
+  manifest = commit(tmp_path, [first, second])
+  assert manifest.shards[0].component_tokens == {"rl": [2, 0], "ce": [2, 0]}
+  assert rollout_log.read_manifest(tmp_path, 1) == manifest
+  got = all_records(tmp_path, manifest)
+  for key in ("rl", "ce"):
+    np.testing.assert_array_equal(got[0].token_weights[key], first.token_weights[key])
+    assert got[0].token_weights[key].dtype == np.float32
+  assert dict(make_record().token_weights) == {}
+
+
+@pytest.mark.parametrize(
+  ("weights", "message"),
+  [
+    ({"kl": np.ones(5, np.float32)}, r"token_weights: expected components of .*, got 'kl'"),
+    ({"ce": np.ones(4, np.float32)}, r"\['ce'\]: expected float32\[5\], got float32\[4\]"),
+    ({"ce": np.ones(5)}, r"\['ce'\]: expected float32\[5\], got float64\[5\]"),
+    ({"rl": [1.0] * 5}, r"\['rl'\]: expected a NumPy array"),
+    ({"rl": np.full(5, np.nan, np.float32)}, r"\['rl'\]: expected finite values"),
+  ],
+)
+def test_unsound_token_weights_are_named(tmp_path, weights, message):
+  record = msgspec.structs.replace(make_record(), token_weights=weights)
+  with pytest.raises(ValueError, match=message):
+    rollout_log.write_shard(tmp_path / "w0.arrayrecord", [record])
+
+
+def test_records_of_a_step_weight_the_same_components(tmp_path):
+  plain, with_ce = make_record(), weighted(make_record(), ce=[0, 1, 0, 0, 0])
+  with pytest.raises(ValueError, match=r"expected the components of the other records, \[\], got"):
+    rollout_log.write_shard(tmp_path / "w0.arrayrecord", [plain, with_ce])
+  with pytest.raises(ValueError, match=r"expected the components of the other records, \['ce'\]"):
+    rollout_log.write_shard(tmp_path / "w0.arrayrecord", [with_ce, plain])
+  manifest = commit(tmp_path, [with_ce])
+  (entry,) = manifest.shards
+  other = msgspec.structs.replace(entry, component_tokens={})
+  with pytest.raises(ValueError, match="expected the same components in every shard"):
+    rollout_log.check_manifest(
+      msgspec.structs.replace(manifest, shards=[entry, other], loss_tokens=6), 1
+    )
+  short = msgspec.structs.replace(entry, component_tokens={"ce": []})
+  with pytest.raises(ValueError, match="expected one number a record"):
+    rollout_log.check_manifest(msgspec.structs.replace(manifest, shards=[short]), 1)
+  wrong = msgspec.structs.replace(entry, component_tokens={"ce": [3]})
+  with pytest.raises(ValueError, match=r"component tokens: expected {'ce': 3}, got {'ce': 1}"):
+    all_records(tmp_path, msgspec.structs.replace(manifest, shards=[wrong]))
