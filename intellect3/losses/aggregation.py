@@ -1,28 +1,155 @@
-"""Sums over masked tokens divided by one global denominator.
+"""From per-token losses to one number: which tokens count how much.
 
-Place in the ring: inside the train step. Every loss and metric goes through `masked_mean`, so that
-micro-batches, shards and packing orders of one batch add up to the same number (contract 5).
+Place in the ring: the last line of every loss, inside the train step. Each aggregation is a sum
+over tokens divided by a global count that the caller knows, so micro-batches, shards and packing
+orders of one batch add up to the same number (contract 5). All have one signature:
+
+    aggregate(values, mask, *, segment_ids=None, denominator=None, num_sequences=None,
+              axis_name=None) -> scalar
+
+- `token_mean`: every loss-masked token of the batch counts alike (INTELLECT-3, DAPO).
+- `sequence_mean`: every trajectory counts alike, whatever its length (GRPO, GSPO).
+- `constant`: a sum over a constant (Dr. GRPO).
 """
 
-import chex
+from collections.abc import Hashable
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 
+from intellect3.losses import checks, segments
 
-def check_tokens(loss_mask: jax.Array, **floating: jax.Array) -> None:
-  """Asserts that all are [B, T] of one shape, the mask bool and the others floating.
+AxisName = Hashable | tuple[Hashable, ...]
+"""A mesh axis, or several, over which the rows are split inside `shard_map`."""
+
+
+class Aggregate(Protocol):
+  """How the tokens of a batch become one number; see the module's docstring."""
+
+  def __call__(
+    self,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    denominator: jax.typing.ArrayLike | None = None,
+    num_sequences: jax.typing.ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+  ) -> jax.Array:
+    """Returns the scalar."""
+    ...
+
+
+def token_mean(
+  values: jax.Array,
+  mask: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  denominator: jax.typing.ArrayLike | None = None,
+  num_sequences: jax.typing.ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+) -> jax.Array:
+  """`sum(values where mask) / denominator`: every token of the batch counts alike.
+
+  INTELLECT-3, arXiv 2512.16144; DAPO, arXiv 2503.14476, equation 8.
+
+  Args:
+    values: floating [B, T]; what stands where the mask is False never matters.
+    mask: bool [B, T].
+    segment_ids: not read.
+    denominator: scalar, the masked tokens of the whole batch; None counts those of this call (at
+      least 1), over `axis_name` too.
+    num_sequences: not read.
+    axis_name: mesh axes over which rows are split inside `shard_map`: sums cross them. With a
+      denominator it may be left out; the results are then this shard's share of the sum.
+
+  Returns:
+    Scalar, float32 or wider.
 
   Raises:
-    AssertionError: (chex) where ranks or shapes differ.
-    ValueError: where the mask is not bool or another array is not floating.
+    ValueError: inside `shard_map` neither `denominator` nor `axis_name` is given.
   """
-  chex.assert_rank(loss_mask, 2)
-  chex.assert_equal_shape([loss_mask, *floating.values()])
-  if loss_mask.dtype != jnp.bool_:
-    raise ValueError(f"loss_mask: expected bool, got {loss_mask.dtype}")
-  for name, array in floating.items():
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{name}: expected a floating dtype, got {array.dtype}")
+  del segment_ids, num_sequences
+  return total(masked(values, mask), axis_name) / token_count(mask, denominator, axis_name)
+
+
+def sequence_mean(
+  values: jax.Array,
+  mask: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  denominator: jax.typing.ArrayLike | None = None,
+  num_sequences: jax.typing.ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+) -> jax.Array:
+  """Mean over trajectories of the token mean in each: `1/N sum_i 1/n_i sum_t values_it`.
+
+  GRPO, arXiv 2402.03300, equation 3; GSPO, arXiv 2507.18071. A token of a long trajectory counts
+  less than one of a short trajectory (Dr. GRPO, arXiv 2503.20783, names the bias). n_i counts the
+  masked tokens of trajectory i, N the trajectories with one.
+
+  Args:
+    values, mask: as in `token_mean`.
+    segment_ids: integer [B, T], each in [0, T]; None means one trajectory a row.
+    denominator: only tells that the batch may be split; see Raises.
+    num_sequences: scalar, N of the whole batch; None counts those of this call, over `axis_name`
+      too.
+    axis_name: as in `token_mean`.
+
+  Returns:
+    Scalar, float32 or wider.
+
+  Raises:
+    ValueError: a denominator is given and `num_sequences` is not: the call may then see a part of
+      the batch, whose trajectories it cannot count; or as in `token_mean`.
+  """
+  if num_sequences is None and denominator is not None:
+    raise ValueError(
+      "num_sequences: expected the trajectories of the whole batch where denominator is given "
+      "(sequence_mean cannot count those of other micro-batches and shards), got None"
+    )
+  share = 1 / jnp.maximum(segments.segment_count(mask, segment_ids), 1)
+  if num_sequences is None:
+    require_axis(mask, axis_name)
+    num_sequences = jnp.maximum(total(masked(share, mask), axis_name), 1)
+  else:
+    checks.scalar("num_sequences", num_sequences)
+  return total(masked(values, mask) * share, axis_name) / num_sequences
+
+
+def constant(
+  values: jax.Array,
+  mask: jax.Array,
+  *,
+  divisor: float,
+  segment_ids: jax.Array | None = None,
+  denominator: jax.typing.ArrayLike | None = None,
+  num_sequences: jax.typing.ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+) -> jax.Array:
+  """`sum(values where mask) / divisor`, a constant of the run.
+
+  Dr. GRPO, arXiv 2503.20783: the divisor is rollouts per batch times the largest length, so that
+  no gradient depends on how long the other rollouts are.
+
+  Args:
+    values, mask, axis_name: as in `token_mean`.
+    divisor: above 0.
+    segment_ids, denominator, num_sequences: not read.
+
+  Returns:
+    Scalar, float32 or wider.
+
+  Raises:
+    ValueError: the divisor is not above 0; or nothing but `axis_name` could tell that this call
+      is of one shard, and it is not given.
+  """
+  del segment_ids, num_sequences
+  checks.at_least("divisor", divisor, 0.0, above=True)
+  if denominator is None:
+    require_axis(mask, axis_name)
+  return total(masked(values, mask), axis_name) / divisor
 
 
 def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -35,14 +162,37 @@ def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask, wide, 0)
 
 
-def token_count(loss_mask: jax.Array, denominator: jax.typing.ArrayLike | None) -> jax.Array:
-  """The given denominator, or the number of masked tokens of these arrays (at least 1)."""
+def total(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
+  """Sum over all tokens, and over the shards of `axis_name`."""
+  local = jnp.sum(values)
+  return local if axis_name is None else jax.lax.psum(local, axis_name)
+
+
+def token_count(
+  mask: jax.Array,
+  denominator: jax.typing.ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+) -> jax.Array:
+  """The given denominator, or the number of masked tokens (at least 1), over `axis_name` too."""
   if denominator is None:
-    return jnp.maximum(jnp.sum(loss_mask, dtype=jnp.float32), 1.0)
-  chex.assert_rank(denominator, 0)
+    require_axis(mask, axis_name)
+    return jnp.maximum(total(mask.astype(jnp.float32), axis_name), 1)
+  checks.scalar("denominator", denominator)
   return jnp.asarray(denominator)
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, denominator: jax.Array) -> jax.Array:
-  """`sum(values where mask) / denominator`, accumulated in float32 or wider."""
-  return jnp.sum(masked(values, mask)) / denominator
+def require_axis(mask: jax.Array, axis_name: AxisName | None) -> None:
+  """Raises where a count would be that of one shard and nobody said so.
+
+  Raises:
+    ValueError: inside `shard_map`, without the mesh axes over which the mask is split.
+  """
+  named = set(axis_name) if isinstance(axis_name, tuple) else {axis_name} - {None}
+  split: frozenset = getattr(jax.typeof(mask), "vma", frozenset()) - named
+  if not split and not named:  # under check_vma=False nothing says what is split
+    split = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+  if split:
+    raise ValueError(
+      "axis_name: expected the mesh axes over which rows are split inside shard_map "
+      f"({sorted(map(str, split))}), or the global denominator, got {axis_name!r}"
+    )

@@ -1,15 +1,23 @@
-"""Importance ratios between the trainer's policy and the behaviour policy.
+"""Importance ratios between the trainer's policy and the behaviour policy, and what they say.
 
-Place in the ring: used by the policy-gradient losses. The behaviour policy is the server's, through
-`inference_logprobs`; it differs from the trainer's by staleness and by numerics, and the quantities
-here measure and correct that.
+Place in the ring: used by the policy-gradient losses, by their metrics and by the off-policy lab.
+The behaviour policy is the server's, through `inference_logprobs`; it differs from the trainer's by
+staleness and by numerics, and the quantities here measure that.
+
+Metrics are sums over tokens divided by a global count, so that they add up over micro-batches. What
+does not add up (`quantiles`, `effective_sample_size`) is for whoever holds a whole batch.
 """
 
-import chex
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from intellect3.losses import aggregation
+from intellect3.losses import aggregation, checks, segments
+
+LOG_RATIO_MAX = 20.0
+"""Largest log ratio that is ever exponentiated without another bound: e^20 is 4.9e8. Beyond it lie
+broken logprobs, and their ratio would overflow float32 from 88 on."""
 
 
 def log_ratio(logprobs: jax.Array, inference_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -22,17 +30,45 @@ def log_ratio(logprobs: jax.Array, inference_logprobs: jax.Array, mask: jax.Arra
 
   Returns:
     float32 [B, T] (float64 if an input is).
+
+  Raises:
+    ValueError: where shapes differ, or a dtype is wrong.
   """
-  aggregation.check_tokens(mask, logprobs=logprobs, inference_logprobs=inference_logprobs)
+  checks.tokens(mask, logprobs=logprobs, inference_logprobs=inference_logprobs)
   behaviour = jax.lax.stop_gradient(inference_logprobs)
   return aggregation.masked(logprobs, mask) - aggregation.masked(behaviour, mask)
+
+
+def ratio(log_ratios: jax.Array) -> jax.Array:
+  """`exp(log_ratios)`, of at most `LOG_RATIO_MAX`: finite, and without gradient beyond it."""
+  return jnp.exp(jnp.minimum(log_ratios, LOG_RATIO_MAX))
 
 
 def importance_ratio(
   logprobs: jax.Array, inference_logprobs: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """`pi_train / pi_infer` per token, [B, T]; 1 where the mask is False."""
-  return jnp.exp(log_ratio(logprobs, inference_logprobs, mask))
+  """`pi_train / pi_infer` per token, [B, T], at most e^20; 1 where the mask is False."""
+  return ratio(log_ratio(logprobs, inference_logprobs, mask))
+
+
+def sequence_ratio(
+  log_ratios: jax.Array, mask: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
+  """Geometric mean of the ratios of each trajectory, at every token of it.
+
+    s_i = (prod_t r_it)^(1 / n_i) = exp(1/n_i sum_t d_it)
+
+  The length-normalised sequence ratio of GSPO, arXiv 2507.18071, equation 7.
+
+  Args:
+    log_ratios: floating [B, T], d, from `log_ratio`.
+    mask: bool [B, T], the tokens that take part; n_i counts them.
+    segment_ids: integer [B, T], each in [0, T]; None means one trajectory a row.
+
+  Returns:
+    float32 [B, T], at most e^20; 1 in a trajectory without a masked token.
+  """
+  return ratio(segments.segment_mean(log_ratios, mask, segment_ids))
 
 
 def mismatch_kl(log_ratios: jax.Array) -> jax.Array:
@@ -42,41 +78,96 @@ def mismatch_kl(log_ratios: jax.Array) -> jax.Array:
   the policies agree. `expm1` keeps it accurate for small `d`, where `exp(d) - 1 - d` cancels.
 
   Args:
-    log_ratios: [B, T], from `log_ratio`.
+    log_ratios: [B, T], from `log_ratio`; in `expm1` at most `LOG_RATIO_MAX`.
 
   Returns:
     [B, T], in nats.
   """
-  return jnp.expm1(log_ratios) - log_ratios
+  return jnp.expm1(jnp.minimum(log_ratios, LOG_RATIO_MAX)) - log_ratios
 
 
-def segment_min(
-  values: jax.Array, mask: jax.Array, segment_ids: jax.Array | None = None
+def effective_sample_size(
+  ratios: jax.Array, mask: jax.Array, *, axis_name: aggregation.AxisName | None = None
 ) -> jax.Array:
-  """Minimum of the masked values over each token's own segment, at every token of it.
+  """How many on-policy tokens the weighted ones are worth: `(sum r)^2 / sum r^2`.
+
+  Kish, Survey Sampling, 1965. Between 1 (one token has all the weight) and the number of tokens
+  (all weigh alike).
 
   Args:
-    values: floating [B, T].
-    mask: bool [B, T], the values that take part.
-    segment_ids: integer [B, T], the segment of each token within its row, in any order; None means
-      one segment a row.
+    ratios: floating [B, T], the importance ratios or any other weights, >= 0.
+    mask: bool [B, T], the tokens that take part.
+    axis_name: mesh axes over which rows are split inside `shard_map`.
 
   Returns:
-    [B, T]; +inf in a segment without a masked value.
+    float32 scalar, in tokens; 0 where no token takes part or all weigh nothing.
   """
-  chex.assert_rank(values, 2)
-  chex.assert_equal_shape([values, mask])
-  candidates = jnp.where(mask, values, jnp.inf)
-  if segment_ids is None:
-    return jnp.broadcast_to(jnp.min(candidates, axis=1, keepdims=True), values.shape)
-  chex.assert_equal_shape([values, segment_ids])
-  if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-    raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
+  aggregation.require_axis(mask, axis_name)
+  weights = aggregation.masked(ratios, mask)
+  first = aggregation.total(weights, axis_name)
+  second = aggregation.total(jnp.square(weights), axis_name)
+  return jnp.square(first) / jnp.where(second > 0, second, 1)
 
-  def row(candidates_T: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
-    # The rank of an id among the sorted ones is a segment number below T, whatever the ids are.
-    rank_T = jnp.searchsorted(jnp.sort(segment_ids_T), segment_ids_T)
-    length = candidates_T.shape[0]
-    return jax.ops.segment_min(candidates_T, rank_T, num_segments=length)[rank_T]
 
-  return jax.vmap(row)(candidates, segment_ids)
+def effective_sample_share(
+  ratios: jax.Array, mask: jax.Array, *, axis_name: aggregation.AxisName | None = None
+) -> jax.Array:
+  """`effective_sample_size` over the masked tokens: in (0, 1], 0 where there are none.
+
+  From additive metrics it is `importance_ratio^2 / importance_ratio_squared`.
+  """
+  size = effective_sample_size(ratios, mask, axis_name=axis_name)
+  return size / aggregation.token_count(mask, axis_name=axis_name)
+
+
+def masked_share(
+  removed: jax.Array,
+  mask: jax.Array,
+  *,
+  denominator: jax.typing.ArrayLike | None = None,
+  axis_name: aggregation.AxisName | None = None,
+) -> jax.Array:
+  """Share of the masked-in tokens that a rule removes.
+
+  Args:
+    removed: bool [B, T], what the rule takes out.
+    mask: bool [B, T], the loss mask.
+    denominator: scalar, the loss-masked tokens of the whole batch; None counts those of this call.
+    axis_name: mesh axes over which rows are split inside `shard_map`.
+
+  Returns:
+    float32 scalar.
+  """
+  return aggregation.token_mean(
+    removed.astype(jnp.float32), mask, denominator=denominator, axis_name=axis_name
+  )
+
+
+def quantiles(values: jax.Array, mask: jax.Array, probabilities: Sequence[float]) -> jax.Array:
+  """Quantiles of the masked values, linearly interpolated as NumPy's default does.
+
+  Sorts the batch: for diagnosis, not for every step of a large run.
+
+  Args:
+    values: floating [B, T], e.g. log ratios.
+    mask: bool [B, T], the values that take part.
+    probabilities: Q numbers in [0, 1].
+
+  Returns:
+    float32 [Q]; NaN where no value takes part.
+
+  Raises:
+    ValueError: a probability outside [0, 1], or shapes differ.
+  """
+  checks.tokens(mask, values=values)
+  for probability in probabilities:
+    if not 0 <= probability <= 1:
+      raise ValueError(f"probabilities: expected numbers in [0, 1], got {probability}")
+  ordered_N = jnp.sort(jnp.where(mask, aggregation.masked(values, mask), jnp.inf).reshape(-1))
+  count = jnp.sum(mask)
+  place_Q = jnp.asarray(probabilities, ordered_N.dtype) * (count - 1)
+  low_Q = jnp.clip(jnp.floor(place_Q).astype(jnp.int32), 0)
+  high_Q = jnp.minimum(low_Q + 1, jnp.maximum(count - 1, 0))
+  low, high = ordered_N[low_Q], ordered_N[high_Q]
+  between = low + jnp.where(high > low, (high - low) * (place_Q - low_Q), 0)
+  return jnp.where(count > 0, between, jnp.nan)
