@@ -170,6 +170,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     metrics: further scores by name, for the logs only.
     error: why it failed, or None.
     truncated: whether a generation of it ended for length.
+    agent: the part that the policy played; see `Task`.
   """
 
   rollout_id: int
@@ -182,6 +183,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
   metrics: Mapping[str, float] = {}
   error: str | None = None
   truncated: bool = False
+  agent: str = ""
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

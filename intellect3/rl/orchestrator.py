@@ -12,7 +12,7 @@ from intellect3.inference import fleet, transport
 from intellect3.losses import advantages
 from intellect3.rl import checks, serving
 from intellect3.rl.roles import Main, NotStarted, Shared
-from intellect3.rollouts import difficulty, filters, link, scheduler
+from intellect3.rollouts import credit, difficulty, filters, link, scheduler
 from intellect3.rollouts import orchestrator as orchestrator_lib
 from intellect3.weights import manifest as manifests
 
@@ -31,7 +31,8 @@ def orchestrator(
   temperature: float = 1.0,
   pools: difficulty.Pools | None = None,
   group_filters: filters.Filters | None = None,
-  advantage_fn: filters.AdvantageFn = advantages.group_mean,
+  advantage_fn: credit.AdvantageFn | credit.MovingBaseline = advantages.group_mean,
+  reward_fn: credit.RewardFn | None = None,
   sync_mode: str = "in_place",
   sync_transport: str = "disk",
   sync_bucket_bytes: int = 64 * 2**20,
@@ -51,14 +52,16 @@ def orchestrator(
     shared: what the roles share.
     make_worker: a worker's factory, used where `shared.num_workers` is 0.
     prompts_per_step: groups in a batch.
-    rollouts_per_prompt: G, rollouts of a group.
+    rollouts_per_prompt: G, rollouts of a group; 1 only with a moving baseline.
     max_rollouts_in_flight: rollouts running at once.
     staleness_rule: `drop` stale rollouts, or `mask` their stale tokens.
     deterministic: batches in dispatch order (contract 10).
     temperature: of the training rollouts.
     pools: difficulty pools; none by default.
     group_filters: which rollouts carry no gradient.
-    advantage_fn: from rewards and group ids to advantages.
+    advantage_fn: from rewards and group ids to advantages, or a `credit.MovingBaseline`.
+    reward_fn: from rewards and lengths to the rewards that advantages are computed from; None
+      leaves them as they are.
     sync_mode: `in_place` keeps running requests' cache over an update, `retract` recomputes it.
     sync_transport: `disk` (servers read the run directory) or `tensor` (weights are sent by HTTP).
     sync_bucket_bytes: how much `tensor` sends at a time.
@@ -120,18 +123,18 @@ def orchestrator(
       f"got {sorted(shared.environment_weights)}"
     )
 
-  if not callable(advantage_fn):
-    raise NotStarted(f"advantage_fn: expected a function, got {advantage_fn!r}")
+  group_credit = credit.Credit(advantage_fn=advantage_fn, reward_fn=reward_fn)
+  group_credit.check()
 
   def make_sampler(sizes: Mapping[str, int]) -> difficulty.TaskSampler:
     weights = shared.environment_weights
     return difficulty.TaskSampler(sizes, weights, pools or difficulty.Pools(), shared.seed)
 
-  make_sampler({name: e.size("train") for name, e in shared.environments.items()})  # for its checks
-
   def make_scheduler(sizes: Mapping[str, int]) -> scheduler.Scheduler:
     sampler = make_sampler(sizes)
-    return scheduler.Scheduler(settings, sampler, group_filters or filters.Filters(), advantage_fn)
+    return scheduler.Scheduler(settings, sampler, group_filters or filters.Filters(), group_credit)
+
+  make_scheduler({name: e.size("train") for name, e in shared.environments.items()})  # its checks
 
   async def run() -> None:
     http = transport.HttpTransport()

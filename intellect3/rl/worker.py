@@ -13,6 +13,7 @@ from intellect3.inference import client, transport
 from intellect3.rl import checks
 from intellect3.rl.roles import Shared
 from intellect3.rollouts import conversation, messages
+from intellect3.rollouts import token_weights as token_weights_lib
 from intellect3.rollouts import worker as worker_lib
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def worker(
   timeout_seconds: float = 600.0,
   grace_seconds: float = 10.0,
   wait_seconds: float = 600.0,
+  token_weights: token_weights_lib.TokenWeights | None = None,
 ) -> Callable[[Callable[[messages.FromWorker], None]], worker_lib.Worker]:
   """Builds the factory of one worker.
 
@@ -51,6 +53,8 @@ def worker(
     timeout_seconds: for one segment; then it is aborted, and goes on with what it has.
     grace_seconds: how long an aborted segment may take to hand over its tokens.
     wait_seconds: how long a generation may wait for a server with room.
+    token_weights: from a record to its tokens' weights by loss component, as
+      `token_weights.echo`; None: every loss-masked token has weight 1.
 
   Raises:
     NotStarted: a parameter is not fit.
@@ -68,6 +72,8 @@ def worker(
   checks.number("worker.grace_seconds", grace_seconds, 0)
   checks.number("worker.timeout_seconds", timeout_seconds, 0, above=True)
   checks.number("worker.wait_seconds", wait_seconds, 0, above=True)
+  if token_weights is not None:
+    token_weights_lib.check(token_weights, min(shared.environments))
 
   environments = ", ".join(sorted(shared.environments))
 
@@ -115,6 +121,7 @@ def worker(
       log_dir=shared.log_dir,
       release=release,
       write_sample=_sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt"),
+      token_weights=token_weights,
     )
 
   return make

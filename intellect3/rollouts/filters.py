@@ -5,14 +5,12 @@ failed rollout has no reward, contract 4).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from intellect3.rollouts import credit as credit_lib
 from intellect3.rollouts import messages
-
-AdvantageFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(rewards float64[N], group_ids int64[N]) -> advantages float64[N]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,30 +37,40 @@ class GroupResult:
   """A group after scoring.
 
   Attributes:
-    mean_reward: over the rollouts that did not fail; None where all failed.
+    mean_reward: over the rollouts that did not fail, as the environment gave it; None where all
+      failed.
+    rewards: rollout id -> reward that the advantages are computed from, of all that did not fail.
     advantages: rollout id -> advantage of each rollout to be trained.
     filtered: rollout id -> reason of each that is not.
   """
 
   mean_reward: float | None
+  rewards: Mapping[int, float]
   advantages: Mapping[int, float]
   filtered: Mapping[int, str]
 
 
 def evaluate_group(
-  summaries: Sequence[messages.RolloutSummary], filters: Filters, advantage_fn: AdvantageFn
+  summaries: Sequence[messages.RolloutSummary],
+  filters: Filters,
+  credit: credit_lib.Credit,
+  baselines: credit_lib.Baselines,
 ) -> GroupResult:
   """Scores a complete group. `summaries` holds only rollouts with a reward."""
   if not summaries:
-    return GroupResult(None, {}, {})
+    return GroupResult(None, {}, {}, {})
   ids = [summary.rollout_id for summary in summaries]
   rewards = np.array([summary.reward for summary in summaries], np.float64)
   mean_reward = float(rewards.mean())
-  if len(summaries) == 1:
-    return GroupResult(mean_reward, {}, {ids[0]: "no_baseline"})
-  advantages = np.asarray(advantage_fn(rewards, np.zeros(len(ids), np.int64)))
+  lengths = np.array([summary.sampled_tokens for summary in summaries], np.int64)
+  rewards = credit.shaped(rewards, lengths)
+  by_id = dict(zip(ids, rewards.tolist(), strict=True))
+  if len(summaries) < credit.smallest_group:
+    return GroupResult(mean_reward, by_id, {}, dict.fromkeys(ids, "no_baseline"))
+  agents = [credit_lib.agent_of(summary.environment, summary.agent) for summary in summaries]
+  advantages = credit.advantages(rewards, agents, baselines)
   if filters.zero_advantage and np.all(np.abs(advantages) <= filters.minimum_advantage):
-    return GroupResult(mean_reward, {}, dict.fromkeys(ids, "zero_advantage"))
+    return GroupResult(mean_reward, by_id, {}, dict.fromkeys(ids, "zero_advantage"))
   kept: dict[int, float] = {}
   filtered: dict[int, str] = {}
   for summary, advantage in zip(summaries, advantages, strict=True):
@@ -72,4 +80,4 @@ def evaluate_group(
       filtered[summary.rollout_id] = "no_tokens"
     else:
       kept[summary.rollout_id] = float(advantage)
-  return GroupResult(mean_reward, kept, filtered)
+  return GroupResult(mean_reward, by_id, kept, filtered)

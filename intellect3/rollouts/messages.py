@@ -97,6 +97,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
 
   `reward` is None exactly where `error` is set. Versions are those of sampled tokens.
   `reprefilled_tokens`: tokens of the conversation that a server had to compute again.
+  `agent`: the part that the policy played, of `types.Task.agent`.
   """
 
   rollout_id: int
@@ -114,6 +115,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, kw_only=True, tag="summary"):
   metrics: Mapping[str, float]
   seconds: float
   reprefilled_tokens: int = 0
+  agent: str = ""
 
 
 class BatchWritten(msgspec.Struct, frozen=True, kw_only=True, tag="batch_written"):

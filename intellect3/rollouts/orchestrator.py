@@ -109,7 +109,7 @@ class Orchestrator:
     if name in self._written and not self._written[name].done():
       self._written[name].set_exception(RunFailed(f"worker {name} is gone"))
     if self._scheduler is not None:
-      self._scheduler.lost(lost, "worker lost")
+      self._guarded(self._scheduler.lost, lost, "worker lost")
     self._pump()
 
   def received(self, name: str, message: messages.FromWorker) -> None:
@@ -167,7 +167,7 @@ class Orchestrator:
     for rollout_id in poisoned:
       self._release(rollout_id)
     if self._scheduler is not None:
-      self._scheduler.lost(poisoned, "server fenced")
+      self._guarded(self._scheduler.lost, poisoned, "server fenced")
 
   def _finished(self, summary: messages.RolloutSummary) -> None:
     owner = self._owner.get(summary.rollout_id)
@@ -189,7 +189,7 @@ class Orchestrator:
       self._unbatched[summary.rollout_id] = summary
     else:
       self._owner.pop(summary.rollout_id)
-    self._scheduler.finished(summary)
+    self._guarded(self._scheduler.finished, summary)
 
   # The run.
 
@@ -283,7 +283,11 @@ class Orchestrator:
     self._load[name] += 1
     self._links[name].post(dispatch)
 
-  def _forget(self, rollout_ids: Sequence[int]) -> None:
+  def _forget(
+    self,
+    rollout_ids: Sequence[int],
+    tell: type[messages.Forget] | type[messages.Cancel] = messages.Forget,
+  ) -> None:
     by_worker: dict[str, list[int]] = {}
     for rollout_id in rollout_ids:
       owner = self._owner.get(rollout_id)
@@ -292,25 +296,13 @@ class Orchestrator:
       self._release(rollout_id)
     for name, ids in by_worker.items():
       if name in self._links:
-        self._links[name].post(messages.Forget(rollout_ids=ids))
+        self._links[name].post(tell(rollout_ids=ids))
 
   def _release(self, rollout_id: int) -> None:
     """Ends what the orchestrator itself knows of a rollout."""
     owner = self._owner.pop(rollout_id, None)
     if self._unbatched.pop(rollout_id, None) is None and owner is not None:
       self._load[owner] -= 1
-
-  def _cancel_all(self, reason: str) -> None:
-    assert self._scheduler is not None
-    ids = self._scheduler.cancel_all(reason)
-    by_worker: dict[str, list[int]] = {}
-    for rollout_id in ids:
-      if rollout_id in self._owner:
-        by_worker.setdefault(self._owner[rollout_id], []).append(rollout_id)
-      self._release(rollout_id)
-    for name, owned in by_worker.items():
-      if name in self._links:
-        self._links[name].post(messages.Cancel(rollout_ids=owned))
 
   # Batches.
 
@@ -359,7 +351,7 @@ class Orchestrator:
     self._pump()
     if self._scheduler is not None and self._scheduler.next_step > self._steps:
       self._collecting = False
-      self._cancel_all("run complete")
+      self._forget(self._scheduler.cancel_all("run complete"), messages.Cancel)
 
   # Evaluation.
 
@@ -391,6 +383,13 @@ class Orchestrator:
         )
     summaries = await asyncio.gather(*futures)
     self._ports.report_evaluation(version, reports.evaluation(summaries))
+
+  def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
+    """Lets the scheduler score groups: a function of the run's that fails there ends the run."""
+    try:
+      act(*arguments)
+    except Exception as error:
+      self._fail(f"{type(error).__name__}: {error}")
 
   def _fail(self, reason: str) -> None:
     logger.error("%s", reason)

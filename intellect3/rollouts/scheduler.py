@@ -16,7 +16,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from intellect3.rollouts import accounting as accounting_lib
+from intellect3.rollouts import credit as credit_lib
 from intellect3.rollouts import difficulty, filters, messages
 
 
@@ -27,7 +30,7 @@ class Settings:
   Attributes:
     steps: last training step of the run.
     prompts_per_step: groups with at least one trainable rollout in a batch.
-    rollouts_per_prompt: G.
+    rollouts_per_prompt: G; 1 only where the baseline is not the group's.
     max_off_policy_steps: bound on staleness; 0 is the synchronous loop.
     max_rollouts_in_flight: rollouts running at once (rounded down to whole groups, at least one).
     staleness_rule: `drop` the stale rollout, or `mask` its stale tokens.
@@ -50,7 +53,7 @@ class Settings:
     for field, low in (
       ("steps", 1),
       ("prompts_per_step", 1),
-      ("rollouts_per_prompt", 2),
+      ("rollouts_per_prompt", 1),
       ("max_off_policy_steps", 0),
       ("max_rollouts_in_flight", 1),
     ):
@@ -80,6 +83,7 @@ class _Group:
   running: set[int]
   summaries: dict[int, messages.RolloutSummary] = dataclasses.field(default_factory=dict)
   result: filters.GroupResult | None = None
+  credited: bool = False  # whether its rewards have entered the baselines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +105,17 @@ class Scheduler:
     settings: Settings,
     sampler: difficulty.TaskSampler,
     group_filters: filters.Filters,
-    advantage_fn: filters.AdvantageFn,
+    credit: credit_lib.Credit,
   ) -> None:
+    if settings.rollouts_per_prompt < credit.smallest_group:
+      raise ValueError(
+        f"rollouts_per_prompt: expected an integer >= {credit.smallest_group} with an advantage_fn "
+        f"that compares the rollouts of a group, got {settings.rollouts_per_prompt}"
+      )
     self._settings = settings
     self._sampler = sampler
     self._filters = group_filters
-    self._advantage_fn = advantage_fn
+    self._credit = credit
     self.accounting = accounting_lib.Accounting()
     self.next_step = 1
     self.version = -1
@@ -114,6 +123,9 @@ class Scheduler:
     self._groups: dict[int, _Group] = {}  # in dispatch order
     self._completed: list[int] = []  # complete groups with something to train, as they completed
     self._pool_updates: list[tuple[int, str, int, float]] = []
+    self._baselines: credit_lib.Baselines = {}
+    self._rewards: dict[int, list[tuple[str, float]]] = {}  # group -> (agent, shaped reward)
+    self._credit_row: dict[str, float] = {}
     self._forget: list[int] = []
     self._ended_lengths: list[tuple[int, str]] = []
 
@@ -188,6 +200,7 @@ class Scheduler:
       if group.group_id in self._completed:  # scored before the loss: score what is left again
         self._completed.remove(group.group_id)
         self._pool_updates = [u for u in self._pool_updates if u[0] != group.group_id]
+        self._rewards.pop(group.group_id, None)
       group.result = None
       self._maybe_complete(group)
 
@@ -201,7 +214,12 @@ class Scheduler:
     if group.running:
       return
     summaries = [group.summaries[key] for key in sorted(group.summaries)]
-    group.result = filters.evaluate_group(summaries, self._filters, self._advantage_fn)
+    group.result = filters.evaluate_group(summaries, self._filters, self._credit, self._baselines)
+    if not group.credited:
+      self._rewards[group.group_id] = [
+        (credit_lib.agent_of(s.environment, s.agent), group.result.rewards[s.rollout_id])
+        for s in summaries
+      ]
     if group.result.mean_reward is not None:
       self._pool_updates.append(
         (group.group_id, group.environment, group.index, group.result.mean_reward)
@@ -282,7 +300,21 @@ class Scheduler:
     for _, environment, index, mean_reward in sorted(self._pool_updates):
       self._sampler.update(environment, index, mean_reward)
     self._pool_updates.clear()
+    self._move_baselines()
     self.next_step += 1
+
+  def _move_baselines(self) -> None:
+    """Enters the rewards of all groups that finished since the last commit, in dispatch order."""
+    pairs = [pair for group_id in sorted(self._rewards) for pair in self._rewards[group_id]]
+    for group_id in self._rewards:
+      if group_id in self._groups:
+        self._groups[group_id].credited = True
+    self._rewards.clear()
+    rewards = np.array([reward for _, reward in pairs], np.float64)
+    self._baselines = self._credit.moved(self._baselines, rewards, [agent for agent, _ in pairs])
+    self._credit_row = {f"baseline/{agent}": value for agent, value in self._baselines.items()}
+    if self._credit.reward_fn is not None and pairs:
+      self._credit_row["shaped_reward"] = float(rewards.mean())
 
   def cancel_all(self, reason: str) -> list[int]:
     """Ends everything in flight as cancelled; returns the ids to be stopped."""
@@ -305,6 +337,10 @@ class Scheduler:
     ended, self._ended_lengths = self._ended_lengths, []
     return ended
 
+  def credit_metrics(self) -> Mapping[str, float]:
+    """At the last commit: the baselines by agent, and the mean of reshaped rewards."""
+    return self._credit_row
+
   def is_open_group(self, group_id: int) -> bool:
     """Whether a group still runs or waits to be batched."""
     return group_id in self._groups
@@ -320,6 +356,7 @@ class Scheduler:
       "next_group": self._next_group,
       "accounting": self.accounting.state(),
       "sampler": self._sampler.state(),
+      "baselines": dict(self._baselines),
     }
 
   def restore(self, state: Mapping[str, Any]) -> None:
@@ -328,6 +365,7 @@ class Scheduler:
     self._next_group = state["next_group"]
     self.accounting = accounting_lib.Accounting.restore(state["accounting"])
     self._sampler.restore(state["sampler"])
+    self._baselines = credit_lib.restored(state.get("baselines", {}))
 
   def _end(self, rollout_id: int, outcome: str, reason: str = "") -> None:
     self.accounting.end(rollout_id, outcome, reason)

@@ -16,6 +16,7 @@ import numpy as np
 from intellect3 import rollout_log, types
 from intellect3.environments import base
 from intellect3.rollouts import messages
+from intellect3.rollouts import token_weights as token_weights_lib
 from intellect3.rollouts.conversation import RecordedConversation
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Worker:
     log_dir: the RolloutLog.
     write_shard: how a shard is written.
     write_sample: shows one rollout of each batch to people; None for not at all.
+    token_weights: weights tokens by loss component; None leaves them all alike.
     release: frees what the worker was given (connections), at its end.
   """
 
@@ -71,6 +73,7 @@ class Worker:
     release: Callable[[], Awaitable[None]],
     write_shard: ShardWriter = write_shard_in_thread,
     write_sample: SampleWriter | None = None,
+    token_weights: token_weights_lib.TokenWeights | None = None,
   ) -> None:
     self.name = name
     self._environments = environments
@@ -81,6 +84,8 @@ class Worker:
     self._release = release
     self._write_shard = write_shard
     self._write_sample = write_sample
+    self._token_weights = token_weights
+    self._components: set[frozenset[str]] = set()  # that records were weighted in; one for a run
     self._running: dict[int, asyncio.Task[None]] = {}
     self._finished: dict[int, types.Rollout] = {}
     self._tasks: set[asyncio.Task[None]] = set()
@@ -141,9 +146,11 @@ class Worker:
     reward: float | None = None
     metrics: Mapping[str, float] = {}
     error: str | None = None
+    agent = ""
     try:
       environment = self._environments[dispatch.environment]
       task = environment.task(dispatch.split, dispatch.index)
+      agent = task.agent
       score = await environment.run(task, conversation)
       reward, metrics = float(score.reward), score.metrics
       if not np.isfinite(reward):
@@ -165,6 +172,7 @@ class Worker:
       metrics=metrics,
       error=error,
       truncated=conversation.truncated,
+      agent=agent,
     )
     if dispatch.purpose == "train" and error is None:
       self._finished[dispatch.rollout_id] = rollout
@@ -177,10 +185,14 @@ class Worker:
     )
     try:
       records = [
-        record
+        token_weights_lib.weighted(record, self._token_weights)
         for item in batch.items
         for record in _records(batch, self._finished[item.rollout_id], item.advantage)
       ]
+      self._components |= {frozenset(record.token_weights) for record in records}
+      if len(self._components) > 1:
+        given = sorted(sorted(keys) for keys in self._components)
+        raise ValueError(f"token_weights: expected the same components all run, got {given}")
       shard = await self._write_shard(path, records)
     except Exception as failure:
       logger.exception("writing step %d failed", batch.step)
@@ -219,6 +231,7 @@ def _summarize(
     metrics=dict(rollout.metrics),
     seconds=seconds,
     reprefilled_tokens=conversation.reprefilled_tokens,
+    agent=rollout.agent,
   )
 
 

@@ -3,7 +3,7 @@
 import socket
 
 from intellect3 import rollout_log
-from intellect3.losses import advantages
+from intellect3.rollouts import credit as credit_lib
 from intellect3.rollouts import difficulty, filters, messages, scheduler
 
 
@@ -19,7 +19,14 @@ def make_settings(**changes):
 
 
 def make_scheduler(
-  settings=None, *, pools=None, group_filters=None, sizes=None, weights=None, seed=0
+  settings=None,
+  *,
+  pools=None,
+  group_filters=None,
+  sizes=None,
+  weights=None,
+  seed=0,
+  credit=None,
 ):
   sizes = sizes or {"words": 50}
   sampler = difficulty.TaskSampler(
@@ -29,7 +36,7 @@ def make_scheduler(
     settings or make_settings(),
     sampler,
     group_filters or filters.Filters(),
-    advantages.group_mean,
+    credit or credit_lib.Credit(),
   )
 
 

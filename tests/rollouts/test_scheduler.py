@@ -205,7 +205,7 @@ def test_losing_a_finished_rollout_scores_its_group_again():
   ("field", "value"),
   [
     ("steps", 0),
-    ("rollouts_per_prompt", 1),
+    ("rollouts_per_prompt", 0),
     ("max_off_policy_steps", -1),
     ("staleness_rule", "keep"),
     ("batch_order", "random"),
