@@ -26,7 +26,7 @@ from intellect3.models.config import ModelConfig
 from intellect3.pipeline import iteration, packing, placement, sft_source
 from intellect3.sharding.mesh import make_mesh
 from intellect3.sharding.rules import TRAIN_FSDP, Rules
-from intellect3.training import checkpoint, flops, layout, router_bias
+from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias
 from intellect3.training import state as states
 from intellect3.training.optimizer import Optimizer
 from intellect3.training.step import make_train_step, supervised
@@ -78,7 +78,8 @@ def run(
     model_options: fields of ModelConfig to change (dtype, remat_policy, ...);
       parameters are float32 in any case.
     row_counts: allowed numbers of rows of a batch; None: `micro_rows` times the powers of two.
-    loss_fn: `(logprobs, loss_mask, *, denominator) -> (loss, metrics)`.
+    loss_fn: `(logprobs, loss_mask, *, denominator) -> (loss, metrics)`; see
+      `training.step.supervised`.
     head_chunk_size: tokens per chunk of the vocabulary head.
     router_bias_rate: of `training.router_bias`; 0 leaves the routers' correction bias frozen.
     mesh: of `sharding.mesh.make_mesh`; None lays all devices along `fsdp`.
@@ -114,6 +115,7 @@ def run(
     if value < 1:
       raise ValueError(f"{field}: expected at least 1, got {value}")
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)
+  loss_inputs.check(supervised(loss_fn))
   mesh = mesh or make_mesh(fsdp=jax.device_count())
   placement.check_rows(mesh, micro_rows=micro_rows, row_length=row_length)
   if run_dir.exists() and not run_dir.is_dir():

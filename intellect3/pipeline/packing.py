@@ -6,12 +6,14 @@ the same plan from the manifest and then reads only the records of its own rows.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from intellect3.types import NOT_SAMPLED, RouterShape, Trajectory, TrajectoryRecord
+from intellect3.losses import components
+from intellect3.types import COMPONENTS, NOT_SAMPLED, RouterShape, Trajectory, TrajectoryRecord
 
 Plan = tuple[tuple[int, ...], ...]
 """For each row the numbers of the trajectories in it, in the order in which they stand there."""
@@ -31,9 +33,17 @@ class Batch(NamedTuple):
     positions: int32[rows, length], from 0 within each segment.
     step: int32[], the training step (1-based).
     loss_tokens: int32[], loss-masked tokens of the whole batch over all hosts: the denominator.
+    loss_sequences: int32[], trajectories of the whole batch with a loss-masked token.
     routed_experts: uint8 or uint16[rows, length, MoE layers, A], the experts to replay; None where
       none are replayed.
     experts_recorded: bool[rows, length], the tokens that `routed_experts` is of; None with it.
+    rl_weights: float32[rows, length], of the policy-gradient term, 0 off the loss mask; None where
+      the log holds none.
+    ce_weights: likewise of the cross-entropy term, on any token but a trajectory's first.
+    ref_kl_weights: likewise of the term against the reference model, 0 off the loss mask.
+    component_denominators: float32[] each, the whole batch's tokens of weight other than 0 by term
+      (`loss_tokens` of a term without weights); None where the log holds no weights.
+    ref_logprobs: float32[rows, length], of the reference model; None until it has scored the batch.
   """
 
   tokens: np.ndarray
@@ -46,8 +56,28 @@ class Batch(NamedTuple):
   positions: np.ndarray
   step: np.ndarray
   loss_tokens: np.ndarray
+  loss_sequences: np.ndarray
   routed_experts: np.ndarray | None = None
   experts_recorded: np.ndarray | None = None
+  rl_weights: np.ndarray | None = None
+  ce_weights: np.ndarray | None = None
+  ref_kl_weights: np.ndarray | None = None
+  component_denominators: components.Denominators | None = None
+  ref_logprobs: np.ndarray | None = None
+
+
+class Counts(NamedTuple):
+  """Sums over a whole step's batch, on all hosts: what every loss divides by (contract 5).
+
+  Attributes:
+    loss_tokens: loss-masked tokens.
+    loss_sequences: trajectories with a loss-masked token.
+    component_tokens: tokens of weight other than 0, by loss component that the log weights.
+  """
+
+  loss_tokens: int
+  loss_sequences: int
+  component_tokens: Mapping[str, int] = MappingProxyType({})
 
 
 def plan_rows(lengths: Sequence[int], row_length: int) -> Plan:
@@ -126,7 +156,7 @@ def pack(
   row_length: int,
   row_count: int,
   step: int,
-  loss_tokens: int,
+  counts: Counts,
   router: RouterShape | None = None,
 ) -> Batch:
   """Lays records out as the plan says.
@@ -137,7 +167,7 @@ def pack(
     row_length: tokens of a row.
     row_count: rows of the result; rows beyond the plan are padding.
     step: the training step.
-    loss_tokens: the global denominator.
+    counts: of the whole batch; the components that it counts are those that the records weight.
     router: what the model's routers choose of, to pack the records' routed experts; None leaves
       them out.
 
@@ -146,16 +176,17 @@ def pack(
 
   Raises:
     ValueError: a record breaks contract 1, or its first token is trained on (nothing predicts it),
-      or its routed experts are missing or not such as the model has.
+      or its routed experts are missing or not such as the model has, or it weights other components
+      than `counts` names.
   """
   if len(plan) > row_count:
     raise ValueError(f"row_count: expected at least the plan's {len(plan)} rows, got {row_count}")
-  batch = empty_batch(row_count, row_length, step=step, loss_tokens=loss_tokens, router=router)
+  batch = _empty(row_count, row_length, step, counts, router)
   for row, numbers in enumerate(plan):
     start = 0
     for segment, number in enumerate(numbers, start=1):
       record = records[number]
-      _check(record, router)
+      _check(record, router, counts.component_tokens)
       trajectory = record.trajectory
       end = start + len(trajectory.tokens)
       if end > row_length:
@@ -175,24 +206,34 @@ def pack(
         recorded = row, slice(start, start + len(experts))
         batch.routed_experts[recorded] = experts
         batch.experts_recorded[recorded] = True
+      for component in counts.component_tokens:
+        weights = getattr(batch, f"{component}_weights")
+        weights[span] = _counted_weights(record, component)
       start = end
   return batch
 
 
 def empty_batch(
-  row_count: int,
-  row_length: int,
-  *,
-  step: int,
-  loss_tokens: int,
-  router: RouterShape | None = None,
+  row_count: int, row_length: int, *, step: int, loss_tokens: int, loss_sequences: int = 0
 ) -> Batch:
-  """A batch of nothing but padding."""
+  """A batch of nothing but padding, to be filled."""
+  return _empty(row_count, row_length, step, Counts(loss_tokens, loss_sequences), None)
+
+
+def _empty(
+  row_count: int, row_length: int, step: int, counts: Counts, router: RouterShape | None
+) -> Batch:
   shape = (row_count, row_length)
-  experts = recorded = None
+  experts = recorded = denominators = None
   if router is not None:
     chosen = (router.num_moe_layers, router.num_experts_per_token)
     experts, recorded = np.zeros((*shape, *chosen), router.dtype), np.zeros(shape, np.bool_)
+  weighted = counts.component_tokens
+  if weighted:
+    tokens = {name: weighted.get(name, counts.loss_tokens) for name in COMPONENTS}
+    denominators = components.Denominators(
+      **{name: np.asarray(count, np.float32) for name, count in tokens.items()}
+    )
   return Batch(
     tokens=np.zeros(shape, np.int32),
     loss_mask=np.zeros(shape, np.bool_),
@@ -203,16 +244,31 @@ def empty_batch(
     segment_ids=np.zeros(shape, np.int32),
     positions=np.zeros(shape, np.int32),
     step=np.asarray(step, np.int32),
-    loss_tokens=np.asarray(loss_tokens, np.int32),
+    loss_tokens=np.asarray(counts.loss_tokens, np.int32),
+    loss_sequences=np.asarray(counts.loss_sequences, np.int32),
     routed_experts=experts,
     experts_recorded=recorded,
+    component_denominators=denominators,
+    **{f"{name}_weights": np.zeros(shape, np.float32) for name in weighted},
   )
 
 
-def _check(record: TrajectoryRecord, router: RouterShape | None) -> None:
+def _counted_weights(record: TrajectoryRecord, component: str) -> np.ndarray:
+  """A record's weights of a component, 0 where it does not reach; see `Batch`."""
+  weights = record.token_weights[component]
+  if component == "ce":
+    return np.where(np.arange(len(weights)) > 0, weights, 0.0)
+  return np.where(record.trajectory.loss_mask, weights, 0.0)
+
+
+def _check(record: TrajectoryRecord, router: RouterShape | None, weighted: Collection[str]) -> None:
   trajectory = record.trajectory
   try:
-    trajectory.check()
+    record.check()
+    if set(record.token_weights) != set(weighted):
+      raise ValueError(
+        f"token_weights: expected components {sorted(weighted)}, got {sorted(record.token_weights)}"
+      )
     if trajectory.loss_mask[:1].any():
       raise ValueError("Trajectory.loss_mask: expected False on the first token, got True")
     if not (trajectory.temperature >= 0.0 and np.isfinite(trajectory.temperature)):

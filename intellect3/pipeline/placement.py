@@ -1,7 +1,5 @@
 """Putting a host's batch on the devices, as the model's activations lie there."""
 
-from typing import Any
-
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -14,19 +12,23 @@ LENGTH_AXIS = "context"
 """Mesh axis that divides each row."""
 
 
-def batch_shardings(mesh: Mesh, *, routed_experts: bool = False) -> packing.Batch:
-  """The shardings of a batch, as a Batch of NamedSharding; also for `jax.jit`'s in_shardings.
+def row_sharding(mesh: Mesh) -> NamedSharding:
+  """Where arrays [rows, length, ..] of a batch lie."""
+  return NamedSharding(mesh, PartitionSpec(ROW_AXES, LENGTH_AXIS))
+
+
+def batch_shardings(mesh: Mesh, batch: packing.Batch) -> packing.Batch:
+  """The shardings of a batch: rows as `row_sharding`, counts on every device.
 
   Args:
     mesh: with the axes `ROW_AXES` and `LENGTH_AXIS`.
-    routed_experts: whether the batch has the fields of router replay; else theirs are None.
+    batch: of arrays or of `jax.ShapeDtypeStruct`; fields that are None stay None.
+
+  Returns:
+    A Batch of NamedSharding; also for `jax.jit`'s in_shardings.
   """
-  rows = NamedSharding(mesh, PartitionSpec(ROW_AXES, LENGTH_AXIS))
-  scalar = NamedSharding(mesh, PartitionSpec())
-  fields: dict[str, Any] = {field: rows for field in packing.Batch._fields}
-  if not routed_experts:
-    fields |= {"routed_experts": None, "experts_recorded": None}
-  return packing.Batch(**{**fields, "step": scalar, "loss_tokens": scalar})
+  rows, scalar = row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda leaf: rows if leaf.ndim else scalar, batch)
 
 
 def check_rows(mesh: Mesh, *, micro_rows: int, row_length: int) -> None:
@@ -55,5 +57,5 @@ def place(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
   Returns:
     The global batch of jax.Array.
   """
-  shardings = batch_shardings(mesh, routed_experts=batch.routed_experts is not None)
+  shardings = batch_shardings(mesh, batch)
   return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)

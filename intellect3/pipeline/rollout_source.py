@@ -92,8 +92,21 @@ def load_batch(
     row_length=row_length,
     row_count=share,
     step=manifest.step,
-    loss_tokens=manifest.loss_tokens,
+    counts=count(manifest),
     router=router,
+  )
+
+
+def count(manifest: types.Manifest) -> packing.Counts:
+  """A step's global counts, from its manifest alone: every host divides by the same numbers."""
+  components: dict[str, int] = {}
+  for entry in manifest.shards:
+    for component, tokens in entry.component_tokens.items():
+      components[component] = components.get(component, 0) + sum(tokens)
+  return packing.Counts(
+    loss_tokens=manifest.loss_tokens,
+    loss_sequences=sum(tokens > 0 for entry in manifest.shards for tokens in entry.loss_tokens),
+    component_tokens=components,
   )
 
 

@@ -67,8 +67,8 @@ def batches(
     if rows % process_count:
       raise ValueError(f"row_counts: expected multiples of {process_count} processes, got {rows}")
     share = rows // process_count
-    loss_tokens = sum(int(record.trajectory.loss_mask.sum()) for record in records.values())
-    if loss_tokens < 1:
+    trained = [int(record.trajectory.loss_mask.sum()) for record in records.values()]
+    if not any(trained):
       raise ValueError(f"step {step}: loss_mask: expected a trained token, got none")
     return packing.pack(
       records,
@@ -76,7 +76,7 @@ def batches(
       row_length=row_length,
       row_count=share,
       step=step,
-      loss_tokens=loss_tokens,
+      counts=packing.Counts(sum(trained), sum(tokens > 0 for tokens in trained)),
     )
 
   return iteration.BatchIterator(

@@ -20,12 +20,12 @@ from intellect3 import rollout_log, telemetry, types
 from intellect3.models import hf, kernel_choice
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement, rollout_source
-from intellect3.rl import checks
+from intellect3.rl import checks, reference
 from intellect3.rl.publisher import Publisher
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding import rules
-from intellect3.training import checkpoint, flops, layout, router_bias, step
+from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
 from intellect3.weights import publish
@@ -43,6 +43,9 @@ def trainer(
   row_counts: Sequence[int] | None = None,
   head_chunk_size: int = 256,
   router_bias_rate: float = 0.0,
+  decoupled: bool = False,
+  reference_path: str | None = None,
+  reference_dtype: str | None = None,
   mesh: Mapping[str, int] | None = None,
   model_options: Mapping[str, Any] | None = None,
   weights_dtype: str | None = None,
@@ -57,7 +60,8 @@ def trainer(
 
   Args:
     shared: what the roles share.
-    loss_fn: of `losses.policy_gradient`, its hyperparameters bound.
+    loss_fn: of `losses.policy_gradient`, `kl` or `components`, or one's own, its hyperparameters
+      bound; what it gets beside the basic arguments, its signature says (`training.loss_inputs`).
     optimizer: of `training.optimizer`.
     row_length: tokens of a packed row; no trajectory may be longer.
     micro_rows: rows of a micro-batch.
@@ -66,6 +70,14 @@ def trainer(
     head_chunk_size: tokens per chunk of the vocabulary head.
     router_bias_rate: step of the routers' correction bias against an uneven load of the experts
       (`training.router_bias`; DeepSeek-V3 took 0.001); 0 leaves the bias frozen.
+    decoupled: whether a loss that takes `old_logprobs` gets those of the weights before the step,
+      so that its ratio splits into a clipped one and a correction of staleness. With one update a
+      batch the clipped ratio is 1 (`training.step.make_gradient_fn`).
+    reference_path: Hugging Face directory of a frozen model that scores every batch, for a loss
+      that reads `ref_logprobs`: the initial weights, or a teacher of any family and size with the
+      policy's vocabulary. Its routers choose for themselves. It lies on the devices beside the
+      policy.
+    reference_dtype: dtype of the reference's parameters and computation; None: the policy's.
     mesh: sizes of the mesh axes (`data`, `fsdp`, `expert`, `context`, `tensor`); all devices on
       `fsdp` by default.
     model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
@@ -111,6 +123,23 @@ def trainer(
   checked = hf.check(shared.model_path, **{**float32, **(model_options or {})})
   checks.number("trainer.router_bias_rate", router_bias_rate, 0)
   router_bias.check(checked, router_bias_rate)
+  if not isinstance(decoupled, bool):
+    raise NotStarted(f"trainer.decoupled: expected a bool, got {decoupled!r}")
+  checked_reference = None
+  if reference_path is not None:
+    checked_reference = reference.check(
+      reference_path,
+      checked,
+      shared.model_path,
+      dtype=reference_dtype,
+      options=model_options or {},
+    )
+  elif reference_dtype is not None:
+    raise NotStarted(
+      f"trainer.reference_dtype: expected None without reference_path, got {reference_dtype!r}"
+    )
+  given = {"ref_logprobs": reference_path is not None, "old_logprobs": decoupled}
+  loss_inputs.check(loss_fn, [name for name, there in given.items() if there])
   if shared.renderer.vocab_size > checked.vocab_size:
     raise NotStarted(
       f"renderer: expected at most the model's {checked.vocab_size} ids, "
@@ -184,17 +213,29 @@ def trainer(
           micro_rows=micro_rows,
           head_chunk_size=head_chunk_size,
           router_bias_rate=router_bias_rate,
+          decoupled=decoupled,
         ),
         shardings,
         device_mesh,
         rules.TRAIN_FSDP,
       )
+      score = None
+      if reference_path is not None and checked_reference is not None:
+        score = reference.make_scorer(
+          reference_path,
+          checked_reference,
+          device_mesh,
+          rules.TRAIN_FSDP,
+          micro_rows=micro_rows,
+          head_chunk_size=head_chunk_size,
+        )
       _loop(
         shared,
         config,
         state,
         batches,
         train_step=train_step,
+        score=score,
         publisher=publisher,
         place=lambda batch: placement.place(batch, device_mesh),
         save=checkpoints.save,
@@ -212,6 +253,7 @@ def _loop(
   batches: Any,
   *,
   train_step: Callable[[states.TrainState, Any], tuple[states.TrainState, step.Metrics]],
+  score: reference.Scorer | None,
   publisher: Publisher,
   place: Callable[[Any], Any],
   save: Callable[[states.TrainState, Any], None],
@@ -223,7 +265,10 @@ def _loop(
   for batch in batches:
     arrived = time.perf_counter()
     number = int(batch.step)
-    state, device_metrics = train_step(state, place(batch))
+    placed, reference_seconds = place(batch), 0.0
+    if score is not None:
+      placed, reference_seconds = score(placed)
+    state, device_metrics = train_step(state, placed)
     metrics = jax.device_get(device_metrics)  # waits for the step
     stepped = time.perf_counter()
     publishing = publisher.publish(state)
@@ -235,9 +280,11 @@ def _loop(
       number,
       {
         **metrics,
+        **_effective_sample_share(metrics),
         **_batch_metrics(batch),
         "wait_seconds": arrived - ended,
-        "step_seconds": stepped - arrived,
+        **({} if score is None else {"reference_seconds": reference_seconds}),
+        "step_seconds": stepped - arrived - reference_seconds,
         "publish_seconds": published - stepped,
         **publishing,
         "checkpoint_seconds": done - published,
@@ -271,6 +318,17 @@ def _batch_metrics(batch: Any) -> dict[str, float]:
     "token_staleness_mean": float(staleness.mean()) if staleness.size else 0.0,
     "token_staleness_max": float(staleness.max(initial=0)),
   }
+
+
+def _effective_sample_share(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """`(sum r)^2 / (N sum r^2)` of the importance ratios, 1 / N to 1, where the loss gives both sums.
+
+  Kish's effective sample size over the loss-masked tokens of the whole batch, as a share.
+  """
+  mean, square = metrics.get("importance_ratio"), metrics.get("importance_ratio_squared")
+  if mean is None or not square:
+    return {}
+  return {"effective_sample_share": float(mean) ** 2 / float(square)}
 
 
 def _target(state: states.TrainState) -> states.TrainState:

@@ -19,6 +19,12 @@ from intellect3.training import state as states
 from intellect3.training.optimizer import Optimizer
 
 
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Any:
+  """The sharding of every parameter of a model, a tree of NamedSharding; raises as below."""
+  shapes, axes = transformer.abstract(config)
+  return specs.tree_shardings(axes, shapes, mesh, rules)
+
+
 def state_shardings(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, rules: Rules) -> Any:
   """The sharding of every array of the train state.
 
@@ -34,8 +40,8 @@ def state_shardings(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, rules
   Raises:
     ValueError: a parameter does not divide over its mesh axes.
   """
-  shapes, axes = transformer.abstract(config)
-  params = specs.tree_shardings(axes, shapes, mesh, rules)
+  shapes, _ = transformer.abstract(config)
+  params = param_shardings(config, mesh, rules)
   by_path = {
     (_names(path), shape.shape): sharding
     for (path, shape), sharding in zip(
@@ -102,17 +108,43 @@ def compile_step(
     (state, batch on the mesh) -> (state, metrics).
   """
 
-  def scoped(state: states.TrainState, batch: Any) -> Any:
+  return _compile(train_step, mesh, rules, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def compile_scoring(
+  logprob_fn: Callable[..., jax.Array],
+  row_sharding: NamedSharding,
+  mesh: Mesh,
+  rules: Rules | None = None,
+) -> Callable[..., jax.Array]:
+  """Jits a scoring step for a mesh; nothing is donated.
+
+  Args:
+    logprob_fn: of `scoring.make_batch_logprob_fn`.
+    row_sharding: where the logprobs go: that of the batch's rows.
+    mesh: the mesh.
+    rules: as for `compile_step`.
+
+  Returns:
+    (params, batch on the mesh) -> logprobs on the mesh, laid out as the batch's rows.
+  """
+  return _compile(logprob_fn, mesh, rules, out_shardings=row_sharding)
+
+
+def _compile(
+  function: Callable[..., Any], mesh: Mesh, rules: Rules | None, **options: Any
+) -> Callable[..., Any]:
+  def scoped(first: Any, batch: Any) -> Any:
     with nn.logical_axis_rules(rules if rules is not None and mesh.size > 1 else ()):
-      return train_step(state, batch)
+      return function(first, batch)
 
-  compiled = jax.jit(scoped, donate_argnums=0, out_shardings=(shardings, None))
+  compiled = jax.jit(scoped, **options)
 
-  def step(state: states.TrainState, batch: Any) -> Any:
+  def call(first: Any, batch: Any) -> Any:
     with jax.set_mesh(mesh):
-      return compiled(state, batch)
+      return compiled(first, batch)
 
-  return step
+  return call
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from intellect3.losses.logprobs import chunked_logprobs
 from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
+from intellect3.training import micro_batches
 
 
 class Scores(NamedTuple):
@@ -136,3 +137,38 @@ def make_logprob_fn(
     ).logprobs[0]
 
   return logprob_fn
+
+
+def make_batch_logprob_fn(
+  config: ModelConfig, *, micro_rows: int, head_chunk_size: int
+) -> Callable[[Any, Any], jax.Array]:
+  """Makes the function that scores a packed batch and does nothing else (the reference model).
+
+  As the train step's forward pass, row for row: at the temperature of each token, in micro-batches
+  one after the other. No gradients, no optimizer state; routers choose for themselves.
+
+  Args:
+    config: the model.
+    micro_rows: rows per micro-batch; the batch's rows must be a multiple of it.
+    head_chunk_size: tokens per chunk of the vocabulary head.
+
+  Returns:
+    (params, batch) -> logprobs float32[rows, length], 0.0 in padding and on first tokens. Of the
+    batch it reads `tokens`, `positions`, `segment_ids` and `temperature`. Pure; to be jitted by the
+    caller (`layout.compile_scoring`).
+
+  Raises:
+    ValueError: `micro_rows` below 1; rows that are no multiple of it, when traced.
+  """
+  if micro_rows < 1:
+    raise ValueError(f"micro_rows: expected at least 1, got {micro_rows}")
+
+  def batch_logprob_fn(params: Any, batch: Any) -> jax.Array:
+    def logprobs(rows: tuple[jax.Array, ...]) -> jax.Array:
+      return score(config, params, *rows, head_chunk_size=head_chunk_size).logprobs
+
+    arrays = (batch.tokens, batch.positions, batch.segment_ids, batch.temperature)
+    rows = tuple(micro_batches.split(array, micro_rows) for array in arrays)
+    return micro_batches.merge(jax.lax.map(logprobs, rows))
+
+  return batch_logprob_fn

@@ -6,6 +6,7 @@ and depend neither on the micro-batching nor on the packing (contract 5). Reinfo
 supervised fine-tuning differ in the loss function alone.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,16 +15,17 @@ import jax.numpy as jnp
 import optax
 
 from intellect3.models.config import ModelConfig
+from intellect3.training import loss_inputs, micro_batches, router_bias, scoring
 from intellect3.training import optimizer as optimizers
-from intellect3.training import router_bias, scoring
 from intellect3.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 class PackedBatch(Protocol):
-  """The fields of `pipeline.packing.Batch` that a step reads; `[rows, length, ..]` but
-  `loss_tokens`, the last two None where the routers choose for themselves."""
+  """The fields of `pipeline.packing.Batch` that a step reads; `[rows, length, ..]` but the counts
+  `loss_tokens`, `loss_sequences` and `component_denominators`; the fields after the counts are None
+  where nothing replays experts, weights tokens or refers to another model."""
 
   tokens: Any
   loss_mask: Any
@@ -33,12 +35,21 @@ class PackedBatch(Protocol):
   segment_ids: Any
   positions: Any
   loss_tokens: Any
+  loss_sequences: Any
   routed_experts: Any
   experts_recorded: Any
+  rl_weights: Any
+  ce_weights: Any
+  ref_kl_weights: Any
+  component_denominators: Any
+  ref_logprobs: Any
 
 
 class Loss(Protocol):
-  """A loss over `[B, T]` arrays: sums over masked tokens divided by `denominator`."""
+  """A loss over `[B, T]` arrays: sums over masked tokens divided by `denominator`.
+
+  One that takes more keywords, of `loss_inputs.NAMES`, gets those too.
+  """
 
   def __call__(
     self,
@@ -64,10 +75,17 @@ _ROW_FIELDS = (
   "positions",
 )
 _REPLAY_FIELDS = ("routed_experts", "experts_recorded")
+_LOSS_FIELDS = ("ref_logprobs", *loss_inputs.WEIGHTS)
 
 
 def supervised(loss_fn: Callable[..., tuple[jax.Array, Metrics]]) -> Loss:
-  """Makes a supervised loss `(logprobs, loss_mask, *, denominator)` one of this step's losses."""
+  """Makes a supervised loss one of this step's losses.
+
+  Args:
+    loss_fn: `(logprobs, loss_mask, *, denominator) -> (loss, metrics)`; it gets `segment_ids` and
+      `num_sequences` too where it takes them.
+  """
+  takes = inspect.signature(loss_fn).parameters
 
   def loss(
     logprobs: jax.Array,
@@ -77,10 +95,14 @@ def supervised(loss_fn: Callable[..., tuple[jax.Array, Metrics]]) -> Loss:
     *,
     segment_ids: jax.Array | None,
     denominator: jax.Array | None,
+    num_sequences: jax.Array | None = None,
   ) -> tuple[jax.Array, Metrics]:
-    del inference_logprobs, advantages, segment_ids
-    return loss_fn(logprobs, loss_mask, denominator=denominator)
+    del inference_logprobs, advantages
+    more = {"segment_ids": segment_ids, "num_sequences": num_sequences}
+    chosen = {name: value for name, value in more.items() if name in takes}
+    return loss_fn(logprobs, loss_mask, denominator=denominator, **chosen)
 
+  loss.__name__ = getattr(loss_fn, "__name__", repr(loss_fn))
   return loss
 
 
@@ -92,6 +114,7 @@ def make_train_step(
   micro_rows: int,
   head_chunk_size: int,
   router_bias_rate: float = 0.0,
+  decoupled: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """Makes the train step.
 
@@ -102,6 +125,7 @@ def make_train_step(
     micro_rows: rows per micro-batch; the batch's rows must be a multiple of it.
     head_chunk_size: tokens per chunk of the vocabulary head.
     router_bias_rate: of `router_bias.update`, after the optimizer's; 0 leaves the bias frozen.
+    decoupled: see `make_gradient_fn`.
 
   Returns:
     (state, batch) -> (state, metrics), to be jitted by the caller with the state donated. Metrics
@@ -113,11 +137,16 @@ def make_train_step(
 
   Raises:
     ValueError: a bias rate that is not fit for the model; rows that are no multiple of
-      `micro_rows`, or experts to replay in a model without, when traced.
+      `micro_rows`, experts to replay in a model without, or per-token weights or reference logprobs
+      that the loss does not read, when traced.
   """
   router_bias.check(model_config, router_bias_rate)
   gradients = make_gradient_fn(
-    model_config, loss_fn, micro_rows=micro_rows, head_chunk_size=head_chunk_size
+    model_config,
+    loss_fn,
+    micro_rows=micro_rows,
+    head_chunk_size=head_chunk_size,
+    decoupled=decoupled,
   )
 
   def train_step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
@@ -134,7 +163,12 @@ def make_train_step(
 
 
 def make_gradient_fn(
-  model_config: ModelConfig, loss_fn: Loss, *, micro_rows: int, head_chunk_size: int
+  model_config: ModelConfig,
+  loss_fn: Loss,
+  *,
+  micro_rows: int,
+  head_chunk_size: int,
+  decoupled: bool = False,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
   """Makes (params, batch) -> (gradients, metrics), the first half of a train step.
 
@@ -143,6 +177,11 @@ def make_gradient_fn(
     loss_fn: see `Loss`.
     micro_rows: rows per micro-batch.
     head_chunk_size: tokens per chunk of the vocabulary head.
+    decoupled: whether the loss gets `old_logprobs`, those of the parameters that the step starts
+      from. With one update a batch they are the logprobs themselves, as constants: the ratio that a
+      decoupled loss clips is 1 and never leaves its bounds, and what remains of the loss is the
+      correction from the policy that sampled to the one before the step. Without, that ratio is the
+      one to the policy that sampled.
 
   Returns:
     The function. Gradients are those of the loss over the whole batch, in the parameters' dtype;
@@ -150,8 +189,9 @@ def make_gradient_fn(
   """
   if micro_rows < 1:
     raise ValueError(f"micro_rows: expected at least 1, got {micro_rows}")
+  takes = loss_inputs.declared(loss_fn)
 
-  def micro_loss(params: Any, rows: dict[str, jax.Array], denominator: jax.Array):
+  def micro_loss(params: Any, rows: dict[str, jax.Array], counts: dict[str, Any]):
     scores = scoring.score(
       model_config,
       params,
@@ -164,6 +204,10 @@ def make_gradient_fn(
       experts_recorded=rows.get("experts_recorded"),
     )
     mask = rows["loss_mask"] & scores.scored
+    denominator = counts["denominator"]
+    available = {name: rows.get(name) for name in _LOSS_FIELDS} | counts
+    if decoupled:
+      available["old_logprobs"] = jax.lax.stop_gradient(scores.logprobs)
     loss, metrics = loss_fn(
       scores.logprobs,
       rows["inference_logprobs"],
@@ -171,6 +215,7 @@ def make_gradient_fn(
       mask,
       segment_ids=rows["segment_ids"],
       denominator=denominator,
+      **loss_inputs.select(takes, available),
     )
     sums = dict(metrics)
     sums["loss"] = loss
@@ -185,15 +230,18 @@ def make_gradient_fn(
     replayed = batch.routed_experts is not None
     if replayed and not model_config.num_moe_layers:
       raise ValueError("routed_experts: expected None for a model without experts, got an array")
-    fields = _ROW_FIELDS + (_REPLAY_FIELDS if replayed else ())
-    micro = {name: _split(getattr(batch, name), micro_rows) for name in fields}
-    denominator = batch.loss_tokens.astype(jnp.float32)
+    given = [name for name in _LOSS_FIELDS if getattr(batch, name) is not None]
+    if given:
+      loss_inputs.check(loss_fn, given)
+    fields = (*_ROW_FIELDS, *(_REPLAY_FIELDS if replayed else ()), *given)
+    micro = {name: micro_batches.split(getattr(batch, name), micro_rows) for name in fields}
+    counts = loss_inputs.counts(batch)
     gradient = jax.grad(micro_loss, has_aux=True)
     first = {name: array[0] for name, array in micro.items()}
     if micro["tokens"].shape[0] == 1:  # nothing to add up: no second tree of gradients
-      grads, metrics = gradient(params, first, denominator)
+      grads, metrics = gradient(params, first, counts)
     else:
-      grads, metrics = _sum_over(lambda rows: gradient(params, rows, denominator), first, micro)
+      grads, metrics = _sum_over(lambda rows: gradient(params, rows, counts), first, micro)
     if "expert_load_LE" in metrics:
       load_LE = metrics["expert_load_LE"]
       mean_L = jnp.maximum(load_LE.mean(axis=1), 1e-9)
@@ -214,15 +262,3 @@ def _sum_over(function: Callable[[Any], Any], first: Any, rows: Any) -> Any:
   )
   add = lambda carry, row: (jax.tree.map(jnp.add, carry, function(row)), None)  # noqa: E731
   return jax.lax.scan(add, zeros, rows)[0]
-
-
-def _split(array: jax.Array, micro_rows: int) -> jax.Array:
-  """[rows, T, ..] -> [micro-batches, micro_rows, T, ..].
-
-  Micro-batch i takes rows i, i + n, i + 2n, ...: where the rows lie in blocks over devices, every
-  device then holds its share of every micro-batch, and nothing has to move.
-  """
-  rows, *rest = array.shape
-  if rows % micro_rows:
-    raise ValueError(f"rows: expected a multiple of micro_rows = {micro_rows}, got {rows}")
-  return array.reshape(micro_rows, rows // micro_rows, *rest).swapaxes(0, 1)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from intellect3 import rollout_log, types
+from intellect3.pipeline import packing
 
 
 def record(number, length, *, step=1, prompt=2, seed=0):
@@ -50,3 +51,13 @@ def commit(log_dir, step, lengths, *, shards=2):
   )
   rollout_log.commit_manifest(log_dir, manifest)
   return manifest, records
+
+
+def counts(records):
+  """The global counts of a batch of these records, one by one."""
+  trained = [int(r.trajectory.loss_mask.sum()) for r in records]
+  components = {}
+  for each in records:
+    for key, tokens in each.component_tokens().items():
+      components[key] = components.get(key, 0) + tokens
+  return packing.Counts(sum(trained), sum(tokens > 0 for tokens in trained), components)

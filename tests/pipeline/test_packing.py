@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline_records import record
+from pipeline_records import counts, record
 
 from intellect3 import types
 from intellect3.pipeline import packing
@@ -13,6 +13,7 @@ from intellect3.pipeline import packing
 ROUTER = types.RouterShape(
   num_layers=4, num_dense_layers=1, num_experts=300, num_experts_per_token=2
 )
+COUNTS = packing.Counts(loss_tokens=1, loss_sequences=1)
 LENGTHS = st.lists(st.integers(3, 16), min_size=1, max_size=40)
 
 
@@ -23,7 +24,7 @@ def _pack(records, plan, row_length):
     row_length=row_length,
     row_count=len(plan),
     step=1,
-    loss_tokens=int(sum(r.trajectory.loss_mask.sum() for r in records)),
+    counts=counts(records),
   )
 
 
@@ -126,7 +127,7 @@ def pack_replayed(records, plan, **options):
   return packing.pack(
     dict(enumerate(records)),
     plan,
-    **{"row_length": 8, "row_count": 2, "step": 1, "loss_tokens": 1, "router": ROUTER, **options},
+    **{"row_length": 8, "row_count": 2, "step": 1, "counts": COUNTS, "router": ROUTER, **options},
   )
 
 

@@ -91,7 +91,8 @@ def test_gradient_is_that_of_the_naive_loss(params, reference):
     return -jnp.sum(jnp.where(fits & mask, ratio, 0.0)) * row.advantages.sum() / row.loss_mask.sum()
 
   def loss(params):
-    fields = rows._replace(step=np.zeros(8), loss_tokens=np.zeros(8))
+    counts = dict.fromkeys(("step", "loss_tokens", "loss_sequences"), np.zeros(8))
+    fields = rows._replace(**counts)
     return jax.lax.map(lambda row: row_loss(params, row), fields).sum() / total
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)

@@ -44,5 +44,15 @@ def pack(made, plan, *, row_length, row_count):
     row_length=row_length,
     row_count=row_count,
     step=1,
-    loss_tokens=int(sum(record.trajectory.loss_mask.sum() for record in made)),
+    counts=counts(made),
   )
+
+
+def counts(made):
+  """The global counts of a batch of these records."""
+  trained = [int(record.trajectory.loss_mask.sum()) for record in made]
+  weighted = {}
+  for record in made:
+    for component, tokens in record.component_tokens().items():
+      weighted[component] = weighted.get(component, 0) + tokens
+  return packing.Counts(sum(trained), sum(tokens > 0 for tokens in trained), weighted)
