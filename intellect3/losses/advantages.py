@@ -138,10 +138,10 @@ def mean_normalised(rewards_N: Array, group_ids_N: Array) -> Array:
   groups = _by_group(xp, rewards_N, group_ids_N)
   lowest_N = xp.take(groups.values_N, groups.first_N)
   mean_N = lowest_N + _group_sums(xp, groups, groups.values_N - lowest_N) / groups.size_N
-  positive_N = mean_N > 0
-  divisor_N = xp.where(positive_N, mean_N, xp.ones_like(mean_N))
+  silent_N = mean_N <= 0
+  divisor_N = xp.where(silent_N, xp.ones_like(mean_N), mean_N)
   centred_N = _centred(xp, groups)
-  advantages_N = xp.where(positive_N, centred_N / divisor_N, xp.zeros_like(centred_N))
+  advantages_N = xp.where(silent_N, xp.zeros_like(centred_N), centred_N / divisor_N)
   return _in_given_order(xp, groups, advantages_N)
 
 
