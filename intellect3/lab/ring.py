@@ -46,7 +46,7 @@ SETTINGS: Mapping[str, Any] = {
   "orchestrator.orchestrator.rollouts_per_prompt": 8,
   "orchestrator.orchestrator.max_rollouts_in_flight": 256,
   "orchestrator.orchestrator.evaluation_tasks": 256,
-  "schedule.constant.learning_rate": 1e-3,
+  "schedule.constant.learning_rate": 5e-4,
   "schedule.constant.warmup_steps": 10,
   "trainer.trainer.checkpoint_every": 1000,
 }
