@@ -55,16 +55,17 @@ SETTINGS: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-  """Which runs to make.
+  """Which runs to make; only `steps` and `settings` must stay the same while a sweep grows.
 
   Attributes:
     run_files: gin file of each loss, by the name it gets.
-    model: Hugging Face directory that every run starts from.
+    model: Hugging Face directory that every run starts from, named `model`.
     lags: versions that servers are kept behind.
     seeds: of the runs.
     steps: of each run.
     settings: gin bindings of every run, over its file's.
     command: starts a run when `--gin`, `--set` and `--out` follow.
+    warm_up: makes the model where it is not there, when `--out` and its parent follow.
   """
 
   run_files: Mapping[str, str]
@@ -74,6 +75,7 @@ class Sweep:
   steps: int = 120
   settings: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(SETTINGS))
   command: Sequence[str] = RUN_COMMAND
+  warm_up: Sequence[str] = WARM_UP_COMMAND
 
   def __post_init__(self) -> None:
     for field in ("run_files", "lags", "seeds"):
@@ -81,6 +83,8 @@ class Sweep:
         raise ValueError(f"{field}: expected at least one, got none")
     if self.steps < 1:
       raise ValueError(f"steps: expected at least 1, got {self.steps}")
+    if self.model.name != "model":
+      raise ValueError(f"model: expected a directory named model, got {self.model}")
     if any(lag < 0 for lag in self.lags):
       raise ValueError(f"lags: expected none below 0, got {list(self.lags)}")
 
@@ -106,9 +110,17 @@ class Sweep:
     return [*self.command, "--gin", self.run_files[loss], *sets, "--out", str(run_dir)]
 
 
-def run_files(losses: Sequence[str]) -> dict[str, str]:
-  """The run files of losses by their names under `experiments/configs/runs/losses/`."""
-  return {loss: f"{RUN_FILES}/losses/{loss}.gin" for loss in losses}
+def standard(out: pathlib.Path, **chosen: Any) -> Sweep:
+  """The sweep of the command and of the notebook.
+
+  Args:
+    out: where its warmed-up model stands, or will.
+    chosen: `losses`, names of files in `experiments/configs/runs/losses/`; and any other field of
+      `Sweep`.
+  """
+  losses = chosen.pop("losses", LOSSES)
+  files = {loss: f"{RUN_FILES}/losses/{loss}.gin" for loss in losses}
+  return Sweep(run_files=files, model=out / "warm_up" / "model", **chosen)
 
 
 def sweep(
@@ -125,7 +137,8 @@ def sweep(
     progress: is told a line per run.
 
   Raises:
-    ValueError: the file there is of other settings.
+    ValueError: the file there is of other settings, or a run does not even start.
+    RuntimeError: the warmed-up model could not be made.
     KeyboardInterrupt: the sweep was broken off; what is finished is kept.
   """
   path = out / "results.json"
@@ -141,6 +154,8 @@ def sweep(
   points = todo.points
   missing = [point for point in points if point not in done]
   progress(f"{len(points)} runs of {todo.steps} steps, {len(missing)} to make, in {out}")
+  if missing:
+    _warm_up(todo)
   for number, (loss, lag, seed) in enumerate(missing, start=1):
     result = _run(todo, out / "runs" / f"{loss}_lag{lag}_seed{seed}", loss, lag, seed)
     told = dataclasses.replace(told, results=[*told.results, result])
@@ -149,22 +164,15 @@ def sweep(
   return told
 
 
-def warm_up(directory: pathlib.Path, *, command: Sequence[str] = WARM_UP_COMMAND) -> pathlib.Path:
-  """The model that every run starts from, made as the demo makes it where it is not there.
-
-  Returns:
-    Its Hugging Face directory.
-
-  Raises:
-    RuntimeError: it could not be made.
-  """
-  model = directory / "model"
-  if not (model / "config.json").exists():
-    shutil.rmtree(directory, ignore_errors=True)
-    ended = subprocess.run([*command, "--out", str(directory)], capture_output=True, text=True)
-    if ended.returncode:
-      raise RuntimeError(f"the warm-up ended with {ended.returncode}: {_last(ended.stderr)}")
-  return model
+def _warm_up(todo: Sweep) -> None:
+  """Makes the model that every run starts from, as the demo does, where it is not there."""
+  if (todo.model / "config.json").exists():
+    return
+  out = todo.model.parent
+  shutil.rmtree(out, ignore_errors=True)
+  ended = subprocess.run([*todo.warm_up, "--out", str(out)], capture_output=True, text=True)
+  if ended.returncode:
+    raise RuntimeError(f"the warm-up ended with {ended.returncode}: {_last(ended.stderr)}")
 
 
 def _run(todo: Sweep, run_dir: pathlib.Path, loss: str, lag: int, seed: int) -> ring_results.Result:
@@ -220,9 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
   parser.add_argument("--steps", type=int, default=120)
   arguments = parser.parse_args(argv)
-  todo = Sweep(
-    run_files=run_files(arguments.losses),
-    model=warm_up(arguments.out / "warm_up"),
+  todo = standard(
+    arguments.out,
+    losses=arguments.losses,
     lags=arguments.lags,
     seeds=arguments.seeds,
     steps=arguments.steps,

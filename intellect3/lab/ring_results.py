@@ -167,6 +167,9 @@ def curves(
     name: of the curve.
     smooth: steps in a running mean, which begins as soon as there is one step.
 
+  Returns:
+    Every loss has the same lags; one whose runs all failed, or are not made yet, is NaN there.
+
   Raises:
     ValueError: runs of one loss and lag have different numbers of steps, or a step has no number.
   """
@@ -183,8 +186,11 @@ def curves(
         _smoothed(numbers, smooth)
       )
   lags = sorted({lag for by_lag in grouped.values() for lag in by_lag})
+  steps = max(
+    (len(run) for by_lag in grouped.values() for runs in by_lag.values() for run in runs), default=0
+  )
   return {
-    loss: {f"{lag}": _over_seeds(by_lag[lag]) for lag in lags if lag in by_lag}
+    loss: {f"{lag}": _over_seeds(by_lag.get(lag), steps) for lag in lags}
     for loss, by_lag in grouped.items()
   }
 
@@ -198,8 +204,11 @@ def failures(results: Iterable[Result]) -> list[str]:
   ]
 
 
-def _over_seeds(values: Sequence[Sequence[float]]) -> statistics.Series:
-  return statistics.over_seeds(range(1, len(values[0]) + 1), np.asarray(values, np.float64))
+def _over_seeds(runs: Sequence[Sequence[float]] | None, steps: int) -> statistics.Series:
+  x = range(1, steps + 1)
+  if runs is None:
+    return statistics.exact(x, np.full(steps, np.nan))
+  return statistics.over_seeds(x, np.asarray(runs, np.float64))
 
 
 def _smoothed(values: Sequence[float], steps: int) -> list[float]:

@@ -48,9 +48,12 @@ def sweep(directory: pathlib.Path, *, losses, lags, seeds, steps) -> ring.Sweep:
   """A sweep whose runs are the stand-in's."""
   script = directory / "stand_in.py"
   script.write_text(STAND_IN)
+  model = directory / "warm_up" / "model"
+  model.mkdir(parents=True)
+  (model / "config.json").touch()
   return ring.Sweep(
     run_files={loss: str(directory / f"{loss}.gin") for loss in losses},
-    model=directory / "model",
+    model=model,
     lags=lags,
     seeds=seeds,
     steps=steps,

@@ -5,8 +5,11 @@ the loop's own tests, and by the slow test of the ring's notebook.
 """
 
 import json
+import pathlib
+import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from intellect3.lab import ring, ring_results, statistics
@@ -107,6 +110,7 @@ def test_a_run_that_cannot_start_stops_the_sweep(todo, tmp_path):
     ({"lags": (-1,)}, "lags: expected none below 0"),
     ({"seeds": ()}, "seeds: expected"),
     ({"steps": 0}, "steps: expected at least 1, got 0"),
+    ({"model": pathlib.Path("weights")}, "model: expected a directory named model, got weights"),
   ],
 )
 def test_a_sweep_of_nothing_is_refused(todo, change, match):
@@ -143,16 +147,33 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
     ring_results.read(path)
 
 
-def test_the_warm_up_is_made_once(tmp_path):
-  command = ring_house.warm_up_command(tmp_path)
+def test_a_loss_without_a_run_at_a_lag_has_an_empty_line(todo, tmp_path):
+  told, _ = run_all(todo, tmp_path)
+  some = [result for result in told.results if (result.loss, result.lag) != ("plain", 2)]
+  lines = ring_results.curves(some, "reward")
+  assert list(lines["plain"]) == list(lines["careful"]) == ["0", "2"]
+  assert np.all(np.isnan(lines["plain"]["2"].mean)) and lines["plain"]["2"].x.tolist() == [1, 2, 3]
+  assert ring_results.curves([], "reward") == {}
+
+
+def test_the_model_is_warmed_up_once_and_only_for_runs(todo, tmp_path):
+  cold = ring_house.changed(todo, warm_up=ring_house.warm_up_command(tmp_path))
+  shutil.rmtree(todo.model)
   for _ in range(2):
-    assert ring.warm_up(tmp_path / "warm_up", command=command) == tmp_path / "warm_up" / "model"
+    run_all(cold, tmp_path)
   assert (tmp_path / "warm_ups").read_text() == "made\n"
+  shutil.rmtree(todo.model)
+  run_all(cold, tmp_path)  # there is nothing left to run
+  assert not todo.model.exists()
+  failing = ring_house.changed(cold, seeds=(7,), warm_up=(sys.executable, "-c", "exit('no data')"))
   with pytest.raises(RuntimeError, match="the warm-up ended with 1: no data"):
-    ring.warm_up(tmp_path / "other", command=(sys.executable, "-c", "raise SystemExit('no data')"))
+    run_all(failing, tmp_path)
 
 
-def test_the_run_files_of_the_command_exist():
-  for file in ring.run_files(ring.LOSSES).values():
+def test_the_run_files_of_the_standard_sweep_exist(tmp_path):
+  todo = ring.standard(tmp_path, seeds=(3,))
+  assert list(todo.run_files) == list(ring.LOSSES) and todo.seeds == (3,)
+  for file in todo.run_files.values():
     with open(file, encoding="utf-8") as opened:
       assert "Purpose" in opened.readline()
+  assert list(ring.standard(tmp_path, losses=["cispo"]).run_files) == ["cispo"]
