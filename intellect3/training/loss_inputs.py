@@ -90,11 +90,14 @@ def check(loss_fn: Callable[..., Any], given: Collection[str] = ()) -> None:
       something else than a scalar and a dict of scalars, needs what it will not get, or neither its
       value nor its metrics depend on something of `given`.
   """
-  takes = declared(loss_fn)
+  takes: Collection[str] = ()
   try:
+    takes = declared(loss_fn)
     read = _read(loss_fn, takes, given)
   except _REFUSALS as error:
-    if "ref_logprobs" in takes - set(given) and _accepts(loss_fn, takes, [*given, "ref_logprobs"]):
+    if "ref_logprobs" in set(takes) - set(given) and _accepts(
+      loss_fn, takes, [*given, "ref_logprobs"]
+    ):
       raise ValueError(
         f"reference_path: expected a model's directory for {_name(loss_fn)}, got None"
       ) from error
