@@ -210,9 +210,15 @@ def _references(axes: Axes, references: Mapping[str, float], labelled: bool) -> 
     axes.axhline(level, color="black", linewidth=0.9, linestyle=":", zorder=1)
     if labelled:
       axes.annotate(
-        label, (0.02, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
-        textcoords="offset points", fontsize=8, color="black", va="bottom", bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
-      )  # fmt: skip
+        label,
+        (0.02, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        fontsize=8,
+        va="bottom",
+        bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
+      )
 
 
 def _axes(

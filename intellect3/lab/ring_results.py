@@ -157,6 +157,30 @@ def final(result: Result) -> float | None:
   return result.eval_end
 
 
+def by_lag(
+  results: Sequence[Result], value: Callable[[Result], float | None]
+) -> dict[str, statistics.Series]:
+  """One number of every run over the lags, with its interval over seeds: a line per loss.
+
+  Args:
+    results: of a sweep; runs that failed are left out.
+    value: of a run; None leaves it out.
+
+  Returns:
+    Every line has every lag of the results; it is NaN where no run has the number.
+  """
+  lags = np.asarray(sorted({float(result.lag) for result in results}))
+  lines = {}
+  for loss, line in statistics.by_staleness(points(results, value)).items():
+    places = np.searchsorted(lags, line.x)
+    filled = {}
+    for name in ("mean", "low", "high"):
+      filled[name] = np.full(lags.shape, np.nan)
+      filled[name][places] = getattr(line, name)
+    lines[loss] = statistics.Series(x=lags, **filled)
+  return lines
+
+
 def curves(
   results: Iterable[Result], name: str, *, smooth: int = 1
 ) -> dict[str, dict[str, statistics.Series]]:
@@ -193,6 +217,17 @@ def curves(
     loss: {f"{lag}": _over_seeds(by_lag.get(lag), steps) for lag in lags}
     for loss, by_lag in grouped.items()
   }
+
+
+def median_seconds(results: Sequence[Result]) -> float:
+  """How long a run took, its start and its compilations included.
+
+  Raises:
+    ValueError: there is no run.
+  """
+  if not results:
+    raise ValueError("results: expected at least one run, got none")
+  return float(np.median([result.seconds for result in results]))
 
 
 def failures(results: Iterable[Result]) -> list[str]:
