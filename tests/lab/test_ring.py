@@ -156,6 +156,22 @@ def test_a_loss_without_a_run_at_a_lag_has_an_empty_line(todo, tmp_path):
   assert ring_results.curves([], "reward") == {}
 
 
+def test_a_number_of_every_run_over_the_lags(todo, tmp_path):
+  told, _ = run_all(todo, tmp_path)
+  some = [result for result in told.results if (result.loss, result.lag) != ("plain", 2)]
+  lines = ring_results.by_lag(some, ring_results.final)
+  assert lines["plain"].x.tolist() == lines["careful"].x.tolist() == [0, 2]
+  assert lines["plain"].mean[0] == pytest.approx(0.905) and np.isnan(lines["plain"].mean[1])
+  full = statistics.by_staleness(ring_results.points(some, ring_results.final))["careful"]
+  for name in ("mean", "low", "high"):
+    assert getattr(lines["careful"], name).tolist() == getattr(full, name).tolist()
+  assert ring_results.by_lag(some, ring_results.mean_of("entropy")) == {}
+  seconds = sorted(result.seconds for result in some)
+  assert ring_results.median_seconds(some) == (seconds[2] + seconds[3]) / 2
+  with pytest.raises(ValueError, match="results: expected at least one run"):
+    ring_results.median_seconds([])
+
+
 def test_the_model_is_warmed_up_once_and_only_for_runs(todo, tmp_path):
   cold = ring_house.changed(todo, warm_up=ring_house.warm_up_command(tmp_path))
   shutil.rmtree(todo.model)
