@@ -1,5 +1,6 @@
 """Packed batches for the training tests."""
 
+import msgspec
 import numpy as np
 
 from intellect3 import types
@@ -34,6 +35,23 @@ def records(lengths, *, vocab=32, seed=0):
       )
     )
   return made
+
+
+def weighted(made, *, seed=1):
+  """The records with weights of all components: some 0, some on tokens that nobody sampled."""
+  rng = np.random.default_rng(seed)
+
+  def weights(length):
+    drawn = rng.uniform(0.2, 2.0, length) * (rng.random(length) < 0.7)
+    return drawn.astype(np.float32)
+
+  return [
+    msgspec.structs.replace(
+      record,
+      token_weights={key: weights(len(record.trajectory.tokens)) for key in types.COMPONENTS},
+    )
+    for record in made
+  ]
 
 
 def pack(made, plan, *, row_length, row_count):
