@@ -109,13 +109,14 @@ def sequence_mean(
       "num_sequences: expected the trajectories of the whole batch where denominator is given "
       "(sequence_mean cannot count those of other micro-batches and shards), got None"
     )
-  share = 1 / jnp.maximum(segments.segment_count(mask, segment_ids), 1)
+  lengths = jnp.maximum(segments.segment_count(mask, segment_ids), 1)
   if num_sequences is None:
     require_axis(mask, axis_name)
-    num_sequences = jnp.maximum(total(masked(share, mask), axis_name), 1)
+    shares = masked(jnp.ones(mask.shape, values.dtype), mask) / lengths
+    num_sequences = jnp.maximum(total(shares, axis_name), 1)
   else:
     checks.scalar("num_sequences", num_sequences)
-  return total(masked(values, mask) * share, axis_name) / num_sequences
+  return total(masked(values, mask) / lengths, axis_name) / num_sequences
 
 
 def constant(
@@ -160,6 +161,22 @@ def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
   """
   wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
   return jnp.where(mask, wide, 0)
+
+
+def without_padding(
+  logprobs: jax.Array, loss_mask: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Logprobs `masked` by the loss mask without padding, and that mask.
+
+  Padding (segment id 0) is never trained on. At a token whose segment id is outside [0, T] the
+  logprob becomes NaN, so that a mistake is seen in whatever loss it enters.
+  """
+  if segment_ids is None:
+    return masked(logprobs, loss_mask), loss_mask
+  checks.segment_ids(segment_ids, loss_mask)
+  mask = loss_mask & (segment_ids != 0)
+  unknown = (segment_ids < 0) | (segment_ids > loss_mask.shape[1])
+  return jnp.where(mask & unknown, jnp.nan, masked(logprobs, mask)), mask
 
 
 def total(values: jax.Array, axis_name: AxisName | None) -> jax.Array:

@@ -64,8 +64,8 @@ def weighted_sum_loss(
     ce_weights: floating [B, T], of the cross-entropy term, on any token with a logprob, sampled or
       not (a trajectory's first token has none: its weight must be 0); None: 1 on the loss mask.
     ref_kl_weights: floating [B, T], of the reference term, within the loss mask; None: 1.
-    component_denominators: of the whole batch; needed where weights and `denominator` are given. A
-      term without weights takes `denominator`.
+    component_denominators: of the whole batch, for every term; needed where weights and
+      `denominator` are given. None: `denominator` for a term without weights.
     rl_loss: of `policy_gradient`.
     ref_kl_loss: `kl.reverse_kl_loss` or `kl.penalty_loss`.
     rl_coefficient, ce_coefficient, ref_kl_coefficient: of the terms.
@@ -117,13 +117,13 @@ def weighted_sum_loss(
 
 def _of_term(name, weights, loss_mask, denominators, **common):
   """The tokens of a term, and the common arguments for it."""
+  if denominators is not None:
+    common["denominator"] = getattr(denominators, name)
   if weights is None:
     return loss_mask, common
   in_term = weights != 0
   mask = in_term if name == "ce" else loss_mask & in_term
-  if denominators is not None:
-    common["denominator"] = getattr(denominators, name)
-  elif common["denominator"] is not None:
+  if denominators is None and common["denominator"] is not None:
     raise ValueError(
       f"component_denominators: expected the tokens of each term in the whole batch, since "
       f"{name}_weights and denominator are given, got None"

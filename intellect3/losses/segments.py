@@ -7,14 +7,22 @@ A segment is the set of tokens of a row that share a segment id; ids lie in [0, 
 (itself a segment here), and their order in the row does not matter. An id outside gives NaN at its
 tokens. A trajectory is never split over rows, so nothing here crosses shards as long as rows are
 whole; a row of T tokens that is itself split over devices by hand cannot be summed here.
+
+A sum over segments is a scatter, which costs far more per token than all else in a loss. Rows hold
+few trajectories beside their tokens, so blocks that lie in one segment are summed first; where a
+row holds too many for that, every token is scattered.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from intellect3.losses import checks
+
+BLOCK = 32
+"""Tokens that are summed before they are scattered, where they lie in one segment."""
 
 
 def segment_sum(
@@ -33,8 +41,7 @@ def segment_sum(
   Raises:
     ValueError: where shapes differ or the ids are not integers.
   """
-  wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-  return _reduce(jnp.where(mask, wide, 0), segment_ids, jnp.sum, jax.ops.segment_sum)
+  return _at_tokens(_sums(values, mask, segment_ids), values, segment_ids)
 
 
 def segment_min(
@@ -47,7 +54,8 @@ def segment_min(
   Returns:
     [B, T] in the dtype of the values; +inf in a segment without a masked value.
   """
-  return _reduce(jnp.where(mask, values, jnp.inf), segment_ids, jnp.min, jax.ops.segment_min)
+  table = _tabulate(values, mask, segment_ids, jnp.min, jax.ops.segment_min, jnp.inf)
+  return _at_tokens(table, values, segment_ids)
 
 
 def segment_mean(
@@ -60,29 +68,79 @@ def segment_mean(
   Returns:
     floating [B, T], float32 or wider; 0 in a segment without a masked value.
   """
-  return segment_sum(values, mask, segment_ids) / jnp.maximum(segment_count(mask, segment_ids), 1)
+  means = _sums(values, mask, segment_ids) / jnp.maximum(_counts(mask, segment_ids), 1)
+  return _at_tokens(means, values, segment_ids)
 
 
 def segment_count(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """Masked tokens of each token's own segment: float32 [B, T] (exact to 2^24 tokens)."""
-  return segment_sum(mask.astype(jnp.float32), mask, segment_ids)
+  return _at_tokens(_counts(mask, segment_ids), mask, segment_ids)
 
 
-def _reduce(
-  values: jax.Array,
-  segment_ids: jax.Array | None,
-  over_row: Callable[..., jax.Array],
-  over_segments: Callable[..., jax.Array],
-) -> jax.Array:
+def _sums(values: jax.Array, mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+  return _tabulate(wide, mask, segment_ids, jnp.sum, jax.ops.segment_sum, 0)
+
+
+def _counts(mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  ones = jnp.ones(mask.shape, jnp.float32)
+  return _tabulate(ones, mask, segment_ids, jnp.sum, jax.ops.segment_sum, 0)
+
+
+def _numbers(segment_ids: jax.Array) -> jax.Array:
+  """The ids, T + 1 where they are outside [0, T]: a number that no table has."""
+  length = segment_ids.shape[1]
+  return jnp.where((segment_ids < 0) | (segment_ids > length), length + 1, segment_ids)
+
+
+def _at_tokens(table: jax.Array, like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   if segment_ids is None:
-    return jnp.broadcast_to(over_row(values, axis=1, keepdims=True), values.shape)
+    return jnp.broadcast_to(table, like.shape)
+  look_up = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=jnp.nan))
+  return look_up(table, _numbers(segment_ids))
+
+
+def _tabulate(
+  values: jax.Array,
+  mask: jax.Array,
+  segment_ids: jax.Array | None,
+  over: Callable[..., jax.Array],
+  over_segments: Callable[..., jax.Array],
+  identity: float,
+) -> jax.Array:
+  """[B, T + 1], the reduction of each segment at its id; [B, 1] without ids."""
+  if segment_ids is None:
+    return over(jnp.where(mask, values, identity), axis=1, keepdims=True)
   checks.segment_ids(segment_ids, values)
-  length = values.shape[1]
-  outside = (segment_ids < 0) | (segment_ids > length)
-  numbers = jnp.where(outside, length + 1, segment_ids)
+  rows, length = values.shape
+  numbers = _numbers(segment_ids)
+  scatter = jax.vmap(functools.partial(over_segments, num_segments=length + 1))
+  capacity = length // BLOCK // 16
+  if length % BLOCK or not capacity:
+    return scatter(jnp.where(mask, values, identity), numbers)
 
-  def row(values_T: jax.Array, numbers_T: jax.Array) -> jax.Array:
-    sums = over_segments(values_T, numbers_T, num_segments=length + 1)
-    return sums.at[numbers_T].get(mode="fill", fill_value=jnp.nan)
+  blocks = numbers.reshape(rows, -1, BLOCK)
+  uniform = jnp.all(blocks == blocks[:, :, :1], axis=2)
 
-  return jax.vmap(row)(values, numbers)
+  # Masked inside of the branches, where it fuses with what they do.
+  def token_by_token(values: jax.Array, mask: jax.Array) -> jax.Array:
+    return scatter(jnp.where(mask, values, identity), numbers)
+
+  def block_by_block(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """What uniform blocks come to, then the tokens of the few others."""
+    values = jnp.where(mask, values, identity)
+    nowhere = uniform.shape[1]
+    mixed = jax.vmap(lambda row: jnp.nonzero(~row, size=capacity, fill_value=nowhere)[0])(uniform)
+
+    def of_mixed(array: jax.Array, fill: float) -> jax.Array:
+      take = jax.vmap(lambda row_NK, at: row_NK.at[at].get(mode="fill", fill_value=fill))
+      return take(array.reshape(rows, -1, BLOCK), mixed).reshape(rows, -1)
+
+    whole = jnp.where(uniform, over(values.reshape(rows, -1, BLOCK), axis=2), identity)
+    return scatter(
+      jnp.concatenate([whole, of_mixed(values, identity)], axis=1),
+      jnp.concatenate([blocks[:, :, 0], of_mixed(numbers, length + 1)], axis=1),
+    )
+
+  fits = jnp.all(jnp.sum(~uniform, axis=1) <= capacity)
+  return jax.lax.cond(fits, block_by_block, token_by_token, values, mask)

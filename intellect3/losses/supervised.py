@@ -37,12 +37,9 @@ def negative_log_likelihood(
     ValueError: wrong rank, shapes or dtypes.
   """
   checks.tokens(loss_mask, logprobs=logprobs)
-  mask = loss_mask
-  if segment_ids is not None:
-    checks.segment_ids(segment_ids, loss_mask)
-    mask = loss_mask & (segment_ids != 0)
+  trained, mask = aggregation.without_padding(logprobs, loss_mask, segment_ids)
   count = aggregation.token_count(mask, denominator, axis_name)
-  nats = -aggregation.masked(logprobs, mask)
+  nats = -trained
   loss = aggregate(
     nats,
     mask,

@@ -21,6 +21,7 @@ def probability_difference_loss(
   difference_low: float = 0.2,
   difference_high: float = 0.2,
   kl_tau: float = 1e-3,
+  by_sign: bool = True,
 ) -> tuple[jax.Array, terms.Metrics]:
   """DPPO with the binary total-variation mask and a squared-log-ratio penalty.
 
@@ -31,14 +32,15 @@ def probability_difference_loss(
   DPPO, arXiv 2602.04879: a ratio says little of how far a policy moved; a rare token's ratio is
   large after a move of no consequence, a frequent one's small after a large one. The mask is
   one-sided, as PPO's clip is: only steps that lead farther away are masked. The penalty, of Kimi
-  K2.5 (arXiv 2602.02276), is on all loss-masked tokens, also those masked here. The default of
-  prime-rl in 2026 (there `dppo_mask_low`, `dppo_mask_high`, `kl_tau`; its `adv_tau` is a factor of
-  the advantages). Deviation: r is at most e^20, and has no gradient there.
+  K2.5 (arXiv 2602.02276), is on all loss-masked tokens, also those masked here. prime-rl's default
+  in 2026 (`dppo_mask_low`, `dppo_mask_high`, `kl_tau`; its `adv_tau` is a factor of the
+  advantages). Deviation: r is at most e^20, and has no gradient there.
 
   Args:
     difference_low: how far the probability may fall where A <= 0, >= 0.
     difference_high: how far it may rise where A > 0, >= 0.
     kl_tau: weight of the penalty, >= 0.
+    by_sign: False masks both directions whatever the advantage is: prime-rl's IPO (there with 0.3).
     The common arguments: see `terms.prepare`.
 
   Returns:
@@ -57,9 +59,9 @@ def probability_difference_loss(
   )  # fmt: skip
   probabilities = jnp.exp(jax.lax.stop_gradient(batch.logprobs))
   difference = jnp.where(batch.mask, probabilities - jnp.exp(batch.inference_logprobs), 0)
-  positive = batch.advantages > 0
-  high = positive & (difference > difference_high)
-  low = ~positive & (difference < -difference_low)
+  high, low = difference > difference_high, difference < -difference_low
+  if by_sign:
+    high, low = high & (batch.advantages > 0), low & (batch.advantages <= 0)
   out = high | low
   kept = jnp.where(out, 0, terms.kept_ratio(batch.log_ratios, ~out))
   penalty = jnp.square(batch.log_ratios)

@@ -67,6 +67,6 @@ def sequence_ratio_loss(
   low = batch.mask & (advantages < 0) & (ratios < 1 - clip_low)
   out = high | low
   # The token's own factor is 1 and carries the gradient of s: 1/n_i of it to each of n_i tokens.
-  own = jnp.exp(jnp.where(out, 0, batch.logprobs - constant))
+  own = 1 + jnp.where(out, 0, batch.logprobs - constant)
   weights = jnp.where(high, 1 + clip_high, jnp.where(low, 1 - clip_low, ratios))
   return batch.total(-weights * own * advantages), batch.metrics(out, out)

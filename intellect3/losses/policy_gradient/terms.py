@@ -133,13 +133,7 @@ def prepare(
   )
   if not callable(aggregate):
     raise ValueError(f"aggregate: expected a function of losses.aggregation, got {aggregate!r}")
-  mask = loss_mask
-  if segment_ids is not None:
-    checks.segment_ids(segment_ids, loss_mask)
-    mask = loss_mask & (segment_ids != 0)
-    known = (segment_ids >= 0) & (segment_ids <= loss_mask.shape[1])
-    logprobs = jnp.where(mask & ~known, jnp.nan, logprobs)
-  trainer = aggregation.masked(logprobs, mask)
+  trainer, mask = aggregation.without_padding(logprobs, loss_mask, segment_ids)
   behaviour = aggregation.masked(jax.lax.stop_gradient(inference_logprobs), mask)
   return Terms(
     logprobs=trainer,
