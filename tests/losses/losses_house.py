@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from hypothesis import given, settings
 
-from intellect3.losses import aggregation, kl, policy_gradient, supervised
+from intellect3.losses import aggregation, components, kl, policy_gradient, supervised
 from tests.losses import losses_batches, losses_oracles
 
 COMMON = ("inference_logprobs", "advantages", "loss_mask", "segment_ids")
@@ -130,9 +130,18 @@ AVERAGED = tuple(
   if mean != case.mean
 )
 ALL = (*DEFAULTS, *VARIANTS, *AVERAGED)
+COMPONENTS = Case(
+  "weighted_sum",
+  components.weighted_sum_loss,
+  losses_oracles.masked_importance,  # of the rl term; the sum has its own oracle in test_components
+  {"rl_coefficient": 0.7, "ce_coefficient": 0.5, "ref_kl_coefficient": 0.3},
+  fields=(*COMMON, *REF, *losses_batches.WEIGHTS),
+  smooth=False,
+)
 # What the properties run over: every function, every mean, every option that adds a mechanism.
 PROPERTIES = (
   *DEFAULTS,
+  COMPONENTS,
   *(
     case
     for case in (*VARIANTS, *AVERAGED)
@@ -170,13 +179,37 @@ def plain(case):
   )
 
 
-def counts(arrays):
-  """The global denominators of a batch."""
+def trained(case, arrays):
+  """Tokens at which a loss may read its arrays."""
   mask = arrays["loss_mask"] & (arrays["segment_ids"] != 0)
-  trained = [mask[row, places].any() for row, places in losses_batches.trajectories(arrays)]
+  if "ce_weights" in case.fields:  # it also imitates tokens that were not sampled
+    mask |= (arrays["ce_weights"] != 0) & (arrays["segment_ids"] != 0)
+  return mask
+
+
+def denominators(case, arrays):
+  """The global denominators of a batch, those that the case takes."""
+  found = counts(arrays)
+  if "ce_weights" not in case.fields:
+    return found
+  inside = arrays["segment_ids"] != 0
+  mask = arrays["loss_mask"] & inside
+  tokens = {
+    "rl": mask & (arrays["rl_weights"] != 0),
+    "ce": inside & (arrays["ce_weights"] != 0),
+    "ref_kl": mask & (arrays["ref_kl_weights"] != 0),
+  }
+  sums = {name: np.float32(max(part.sum(), 1)) for name, part in tokens.items()}
+  return {**found, "component_denominators": components.Denominators(**sums)}
+
+
+def counts(arrays):
+  """The tokens and the trajectories of a batch that are trained on."""
+  mask = arrays["loss_mask"] & (arrays["segment_ids"] != 0)
+  held = [mask[row, places].any() for row, places in losses_batches.trajectories(arrays)]
   return {
     "denominator": np.float32(max(mask.sum(), 1)),
-    "num_sequences": np.float32(max(sum(trained), 1)),
+    "num_sequences": np.float32(max(sum(held), 1)),
   }
 
 

@@ -15,7 +15,7 @@ def test_against_the_definition(case):
   for seed in range(6):
     arrays = batches.batch(seed)
     wanted, size = house.expected(case, arrays)
-    result = house.run(case, arrays, **house.counts(arrays))
+    result = house.run(case, arrays, **house.denominators(case, arrays))
     np.testing.assert_allclose(result.loss, wanted.loss, atol=2e-5 * size, rtol=0)
     house.close(result.gradient, wanted.gradient)
     if case.loss.__name__ in policy_gradient.__all__:
@@ -27,7 +27,7 @@ def test_against_the_definition(case):
 @pytest.mark.parametrize("case", house.DEFAULTS, ids=str)
 def test_the_denominators_of_a_whole_batch_are_its_own_counts(case):
   arrays = batches.batch(7)
-  given = house.run(case, arrays, **house.counts(arrays))
+  given = house.run(case, arrays, **house.denominators(case, arrays))
   own = house.run(case, arrays)
   np.testing.assert_allclose(own.scalars, given.scalars, rtol=1e-6)
   house.close(own.gradient, given.gradient, rtol=1e-6)
@@ -69,7 +69,7 @@ def test_gradients_in_float64(case):
   """To 1e-11 of the definition; and of the differences of the loss, where it is its derivative."""
   with jax.enable_x64(True):
     arrays = batches.batch(2, dtype=np.float64)
-    given = {name: np.float64(value) for name, value in house.counts(arrays).items()}
+    given = {name: np.float64(value) for name, value in house.denominators(case, arrays).items()}
     function = jax.jit(house.plain(case))
     result = house.run(case, arrays, function, **given)
     wanted, size = house.expected(case, arrays)
@@ -91,7 +91,7 @@ def test_only_the_logprobs_have_a_gradient(case):
   names = [name for name in case.fields if arrays[name].dtype == np.float32]
 
   def loss(others):
-    fields = {**house.arguments(case, arrays, **house.counts(arrays)), **others}
+    fields = {**house.arguments(case, arrays, **house.denominators(case, arrays)), **others}
     return case.loss(arrays["logprobs"], **fields, **case.options)[0]
 
   for gradient in jax.tree.leaves(jax.grad(loss)({name: arrays[name] for name in names})):
@@ -101,7 +101,7 @@ def test_only_the_logprobs_have_a_gradient(case):
 @pytest.mark.parametrize("case", house.DEFAULTS, ids=str)
 def test_metrics_have_no_gradient_of_their_own(case):
   arrays = batches.batch(2)
-  rest = house.arguments(case, arrays, **house.counts(arrays))
+  rest = house.arguments(case, arrays, **house.denominators(case, arrays))
 
   def metrics(logprobs):
     return sum(jax.tree.leaves(case.loss(logprobs, **rest, **case.options)[1]))

@@ -22,7 +22,7 @@ def same(case, arrays, moved, **given):
   count = arrays["token"].size
   wanted = batches.by_token(before.gradient, arrays, count)
   house.close(batches.by_token(after.gradient, moved, count), wanted)
-  outside = ~(moved["loss_mask"] & (moved["segment_ids"] != 0))
+  outside = ~house.trained(case, moved)
   np.testing.assert_array_equal(after.gradient[outside], 0)
 
 
@@ -34,7 +34,7 @@ def test_trajectories_may_stand_anywhere(case, examples):
   def holds(seed, layout):
     arrays = batches.batch(seed)
     moved = batches.repacked(arrays, np.random.default_rng(layout))
-    same(case, arrays, moved, **house.counts(arrays))
+    same(case, arrays, moved, **house.denominators(case, arrays))
 
   house.for_all(examples, holds, **SEEDS)
 
@@ -44,7 +44,7 @@ def test_rows_may_have_another_length(case):
   for seed in range(3):
     arrays = batches.batch(seed)
     moved = batches.repacked(arrays, np.random.default_rng(seed), rows=7, length=19)
-    same(case, arrays, moved, **house.counts(arrays))
+    same(case, arrays, moved, **house.denominators(case, arrays))
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -54,7 +54,7 @@ def test_micro_batches_add_up(case, examples):
 
   def holds(seed, layout):
     arrays = batches.batch(seed)
-    given = house.counts(arrays)
+    given = house.denominators(case, arrays)
     whole = house.run(case, arrays, **given)
     part_of = np.random.default_rng(layout).integers(0, 3, batches.ROWS)
     parts = [
@@ -78,7 +78,7 @@ def test_one_trajectory_a_row_needs_no_segment_ids(case):
   for new, (row, places) in enumerate(found):
     for name, array in arrays.items():
       moved[name][new, : len(places)] = array[row, places]
-  given = house.counts(arrays)
+  given = house.denominators(case, arrays)
   packed = house.run(case, arrays, **given)
   rest = house.arguments(case, moved, **given)
   del rest["segment_ids"]
@@ -92,7 +92,7 @@ def test_one_trajectory_a_row_needs_no_segment_ids(case):
 @pytest.mark.parametrize("case", house.PROPERTIES, ids=str)
 def test_jit_is_eager(case):
   arrays = batches.batch(5)
-  given = house.counts(arrays)
+  given = house.denominators(case, arrays)
   eager, jitted = house.run(case, arrays, house.plain(case), **given), house.run(
     case, arrays, **given
   )  # fmt: skip
@@ -103,12 +103,12 @@ def test_jit_is_eager(case):
 @pytest.mark.parametrize("case", house.PROPERTIES, ids=str)
 def test_vmap_is_a_loop(case):
   arrays = [batches.batch(seed) for seed in range(3)]
-  calls = [house.arguments(case, one, **house.counts(one)) for one in arrays]
+  calls = [house.arguments(case, one, **house.denominators(case, one)) for one in arrays]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *calls)
   logprobs = np.stack([one["logprobs"] for one in arrays])
   (loss, metrics), gradient = jax.jit(jax.vmap(house.plain(case)))(logprobs, stacked)
   for index, one in enumerate(arrays):
-    alone = house.run(case, one, **house.counts(one))
+    alone = house.run(case, one, **house.denominators(case, one))
     np.testing.assert_allclose(loss[index], alone.loss, rtol=1e-5, atol=1e-6)
     house.close(gradient[index], alone.gradient, rtol=1e-5)
     for name, value in alone.metrics.items():

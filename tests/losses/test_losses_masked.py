@@ -11,6 +11,8 @@ from tests.losses import losses_house as house
 
 EXAMPLES = [8, pytest.param(200, marks=pytest.mark.slow)]
 JUNK = (np.nan, np.inf, -np.inf, 1e30, -1e30)
+# Say themselves which tokens take part.
+NOT_FREE = ("loss_mask", "segment_ids", "ce_weights")
 # Where a log ratio has no bound of its own it is held to +-20, so this is the largest ratio.
 LARGEST = np.exp(20.0)
 # Arguments of the common signature that a loss has no use for.
@@ -22,11 +24,7 @@ UNREAD = {
 
 
 def floats(case):
-  return ["logprobs", *(name for name in case.fields if name not in ("loss_mask", "segment_ids"))]
-
-
-def trained(arrays):
-  return arrays["loss_mask"] & (arrays["segment_ids"] != 0)
+  return ["logprobs", *(name for name in case.fields if name not in NOT_FREE)]
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -34,8 +32,8 @@ def trained(arrays):
 def test_masked_positions_never_matter(case, examples):
   def holds(seed, junk, name):
     arrays = batches.batch(seed)
-    given = house.counts(arrays)
-    dirty = {**arrays, name: np.where(trained(arrays), arrays[name], np.float32(junk))}
+    given = house.denominators(case, arrays)
+    dirty = {**arrays, name: np.where(house.trained(case, arrays), arrays[name], np.float32(junk))}
     before, after = house.run(case, arrays, **given), house.run(case, dirty, **given)
     np.testing.assert_array_equal(after.scalars, before.scalars)
     np.testing.assert_array_equal(after.gradient, before.gradient)
@@ -50,7 +48,7 @@ def test_masked_positions_never_matter(case, examples):
 def test_padding_is_not_trained_on_even_if_masked_in(case):
   arrays = batches.batch(1)
   opened = {**arrays, "loss_mask": arrays["loss_mask"] | (arrays["segment_ids"] == 0)}
-  given = house.counts(arrays)
+  given = house.denominators(case, arrays)
   before, after = house.run(case, arrays, **given), house.run(case, opened, **given)
   np.testing.assert_array_equal(after.scalars, before.scalars)
   np.testing.assert_array_equal(after.gradient, before.gradient)
@@ -62,22 +60,25 @@ def test_padding_is_not_trained_on_even_if_masked_in(case):
 def test_without_a_trained_token_all_is_zero(case):
   arrays = batches.batch(1)
   arrays["loss_mask"] = np.zeros_like(arrays["loss_mask"])
-  for given in ({}, {"denominator": np.float32(9), "num_sequences": np.float32(3)}):
+  arrays["ce_weights"] = np.zeros_like(arrays["ce_weights"])
+  for given in ({}, house.denominators(case, batches.batch(2))):
     result = house.run(case, arrays, **given)
     np.testing.assert_array_equal(result.scalars, 0)
     np.testing.assert_array_equal(result.gradient, 0)
 
 
-@pytest.mark.parametrize("case", house.PROPERTIES, ids=str)
+@pytest.mark.parametrize(
+  "case", (c for c in house.PROPERTIES if c is not house.COMPONENTS), ids=str
+)
 def test_a_nan_at_a_trained_token_is_seen(case):
   """A NaN compares as out of no bound, and out of every bound: neither may hide it."""
   for name in floats(case):
     for seed in (0, 1):
       arrays = batches.batch(seed)
-      row, place = np.argwhere(trained(arrays))[3]
+      row, place = np.argwhere(house.trained(case, arrays))[3]
       arrays[name] = arrays[name].copy()
       arrays[name][row, place] = np.nan
-      result = house.run(case, arrays, **house.counts(arrays))
+      result = house.run(case, arrays, **house.denominators(case, arrays))
       reads = name not in UNREAD.get(case.oracle.__name__, ())
       assert np.isnan(result.loss) == reads, name
       # What the loss does not read the metrics do, but for advantages that are of no use.
@@ -88,10 +89,10 @@ def test_a_nan_at_a_trained_token_is_seen(case):
 @pytest.mark.parametrize("outside", [-1, batches.LENGTH + 1, 7_000_000])
 def test_segment_ids_outside_the_row_make_the_loss_nan(case, outside):
   arrays = batches.batch(1)
-  row, place = np.argwhere(trained(arrays))[0]
+  row, place = np.argwhere(house.trained(case, arrays))[0]
   ids = arrays["segment_ids"]
   ids = np.where((ids == ids[row, place]) & (np.arange(len(ids))[:, None] == row), outside, ids)
-  result = house.run(case, {**arrays, "segment_ids": ids}, **house.counts(arrays))
+  result = house.run(case, {**arrays, "segment_ids": ids}, **house.denominators(case, arrays))
   assert np.isnan(result.loss)
 
 
@@ -113,7 +114,7 @@ def extreme(seed, dtype):
 def test_finite_for_all_logprobs(case, dtype):
   for seed in range(6):
     arrays = extreme(seed, dtype)
-    result = house.run(case, arrays, **house.counts(arrays))
+    result = house.run(case, arrays, **house.denominators(case, arrays))
     assert np.all(np.isfinite(result.scalars)), result
     assert np.all(np.isfinite(result.gradient.astype(np.float32)))
     assert result.loss.dtype == np.float32 and result.gradient.dtype == dtype
@@ -131,8 +132,8 @@ def test_no_nan_on_the_way(case):
   function = jax.jit(house.plain(case))
   with jax.debug_nans(True):
     for one in (arrays, wild):
-      result = house.run(case, one, function, **house.counts(one))
-      house.run(case, one, house.plain(case), **house.counts(one))  # op by op
+      result = house.run(case, one, function, **house.denominators(case, one))
+      house.run(case, one, house.plain(case), **house.denominators(case, one))  # op by op
       assert np.all(np.isfinite(result.gradient))
 
 
@@ -148,6 +149,6 @@ def test_half_precision_is_computed_in_float32(case):
     name: np.asarray(array, np.float32) if array.dtype == jnp.bfloat16 else array
     for name, array in half.items()
   }
-  low, high = (house.run(case, one, **house.counts(arrays)) for one in (half, wide))
+  low, high = (house.run(case, one, **house.denominators(case, arrays)) for one in (half, wide))
   np.testing.assert_allclose(low.scalars, high.scalars, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(low.gradient, high.gradient.astype(jnp.bfloat16))

@@ -41,7 +41,7 @@ def test_on_policy_it_is_reinforce(case, examples):
     arrays = batches.batch(seed, on_policy=True)
     for row, places in batches.trajectories(arrays):
       arrays["advantages"][row, places] = arrays["advantages"][row, places[0]]
-    given = house.counts(arrays)
+    given = house.denominators(case, arrays)
     result = house.run(case, arrays, **given)
     wanted = house.run(reinforce(case.mean), arrays, **given).gradient
     if not (case.oracle.__name__ == "sequence_ratio" and not case.options.get("token_level")):
@@ -91,7 +91,7 @@ def test_bounds_hold(name, examples):
 
   def holds(seed):
     arrays = batches.batch(seed)
-    found, _, trained = weights(case, arrays, **house.counts(arrays))
+    found, _, trained = weights(case, arrays, **house.denominators(case, arrays))
     assert np.all(found >= 0)
     assert np.all(found[arrays["advantages"] > 0] <= positive * 1.00001)
     assert np.all(found[arrays["advantages"] < 0] <= negative * 1.00001)
@@ -106,7 +106,7 @@ def test_out_of_bounds_the_gradient_is_exactly_zero_and_counted(name):
   case = next(case for case in CORRECTIONS if case.name == name)
   for seed in range(10):
     arrays = batches.batch(seed)
-    given = house.counts(arrays)
+    given = house.denominators(case, arrays)
     found, result, trained = weights(case, arrays, **given)
     d = arrays["logprobs"].astype(np.float64) - arrays["inference_logprobs"]
     up = arrays["advantages"] > 0
@@ -133,7 +133,7 @@ def test_a_dropped_trajectory_has_no_gradient_and_is_counted(name):
   met = 0
   for seed in range(10):
     arrays = batches.batch(seed)
-    given = house.counts(arrays)
+    given = house.denominators(case, arrays)
     result = house.run(case, arrays, **given)
     dropped = 0
     for row, places in batches.trajectories(arrays):
