@@ -105,6 +105,8 @@ class World:
     self.sync_results = {}
     self.pools = settings.pop("pools", difficulty.Pools())
     self.filters = settings.pop("group_filters", filters.Filters())
+    self.credit = settings.pop("credit", None)
+    self.token_weights = settings.pop("token_weights", None)
     self.settings = make_settings(steps=steps, **settings)
     self.second_step = asyncio.Event()
 
@@ -129,7 +131,11 @@ class World:
       **{
         **dict(
           make_scheduler=lambda sizes: make_scheduler(
-            self.settings, sizes=sizes, pools=self.pools, group_filters=self.filters
+            self.settings,
+            sizes=sizes,
+            pools=self.pools,
+            group_filters=self.filters,
+            credit=self.credit,
           ),
           ports=orchestrator.Ports(
             next_version=next_version,
@@ -170,11 +176,12 @@ class World:
       send=send,
       log_dir=self.log_dir,
       release=release,
+      token_weights=self.token_weights,
     )
 
-  async def trainer(self):
-    self.versions.put_nowait(0)
-    for _ in range(self.steps):
+  async def trainer(self, first_step=1):
+    self.versions.put_nowait(first_step - 1)
+    for _ in range(first_step, self.steps + 1):
       step = await self.committed.get()
       manifest = rollout_log.read_manifest(self.log_dir, step)
       records = all_records(self.log_dir, manifest)
@@ -182,11 +189,11 @@ class World:
       await asyncio.sleep(0.005)
       self.versions.put_nowait(step)
 
-  async def run(self, **changes):
+  async def run(self, *, first_step=1, **changes):
     machine = self.orchestrator(**changes)
     local = link.InProcessLink(machine, self.make_worker())
     try:
-      await asyncio.wait_for(asyncio.gather(machine.run(), self.trainer()), 30)
+      await asyncio.wait_for(asyncio.gather(machine.run(), self.trainer(first_step)), 30)
     finally:
       await local.close()
 
