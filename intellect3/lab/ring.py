@@ -30,7 +30,8 @@ from intellect3.lab import ring_results
 RUN_FILES = "experiments/configs/runs"
 LOSSES = ("reinforce", "masked_importance", "clipped", "cispo")
 LAGS = (0, 4, 16)
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
+STEPS = 100
 RUN_COMMAND = (sys.executable, "-m", "experiments.rl_run")
 WARM_UP_COMMAND = (
   sys.executable,
@@ -72,7 +73,7 @@ class Sweep:
   model: pathlib.Path
   lags: Sequence[int] = LAGS
   seeds: Sequence[int] = SEEDS
-  steps: int = 120
+  steps: int = STEPS
   settings: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(SETTINGS))
   command: Sequence[str] = RUN_COMMAND
   warm_up: Sequence[str] = WARM_UP_COMMAND
@@ -226,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--losses", nargs="+", default=list(LOSSES), metavar="NAME")
   parser.add_argument("--lags", nargs="+", type=int, default=list(LAGS), metavar="N")
   parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N")
-  parser.add_argument("--steps", type=int, default=120)
+  parser.add_argument("--steps", type=int, default=STEPS)
   arguments = parser.parse_args(argv)
   todo = standard(
     arguments.out,
