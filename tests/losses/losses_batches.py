@@ -13,8 +13,12 @@ FLOATS = ("logprobs", "inference_logprobs", "old_logprobs", "ref_logprobs", "adv
 WEIGHTS = ("rl_weights", "ce_weights", "ref_kl_weights")
 
 
-def batch(seed, rows=ROWS, length=LENGTH, dtype=np.float32, on_policy=False):
-  """Arrays [rows, length] by name; `token` numbers the tokens from 1, and is 0 in padding."""
+def batch(seed, rows=ROWS, length=LENGTH, dtype=np.float32, on_policy=False, packed=(4, 8)):
+  """Arrays [rows, length] by name; `token` numbers the tokens from 1, and is 0 in padding.
+
+  `packed`: the most trajectories that a row holds, and their largest size.
+  """
+  most, largest = packed
   rng = np.random.default_rng(seed)
   shape = (rows, length)
   segment_ids = np.zeros(shape, np.int32)
@@ -23,8 +27,8 @@ def batch(seed, rows=ROWS, length=LENGTH, dtype=np.float32, on_policy=False):
   old_ratios = np.zeros(shape)
   for row in range(rows):
     start = 0
-    for segment in rng.permutation(np.arange(1, length + 1))[:4]:
-      size = int(rng.integers(1, 9))
+    for segment in rng.permutation(np.arange(1, length + 1))[:most]:
+      size = int(rng.integers(1, largest + 1))
       if start + size > length - 1:
         break
       mine = np.s_[row, start : start + size]

@@ -98,6 +98,7 @@ VARIANTS = (
     "probability_difference_sides", o.probability_difference, difference_low=0.02,
     difference_high=0.1, kl_tau=0.3,
   ),
+  _case("probability_difference_both", o.probability_difference, by_sign=False),
   _case("geometric_masked_narrow", o.geometric_masked, ratio_low=0.9, ratio_high=1.2),
   _case("geometric_masked_truncated", o.geometric_masked, smooth=False, ratio_max=2.0),
   _case("reverse_kl_1", o.reverse_kl, loss=kl.reverse_kl_loss, extra=REF, smooth=False,

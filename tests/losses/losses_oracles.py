@@ -139,14 +139,18 @@ def cispo(x, q, a, *, at, ratio_low=0.0, ratio_high=5.0, old=None):
   return _terms(x, token, truncated_share=truncated)
 
 
-def probability_difference(x, q, a, *, at, difference_low=0.2, difference_high=0.2, kl_tau=1e-3):
-  """DPPO-binary: r A unless p - q left its bounds on the side of A; plus kl_tau (log r)^2."""
+def probability_difference(x, q, a, *, at, difference_low=0.2, difference_high=0.2, kl_tau=1e-3,
+                           by_sign=True):  # fmt: skip
+  """DPPO-binary: r A unless p - q left its bounds on the side of A; plus kl_tau (log r)^2.
+
+  Not `by_sign` (IPO): on either side, whatever the advantage.
+  """
 
   def high(t):
-    return a[t] > 0 and math.exp(at[t]) - math.exp(q[t]) > difference_high
+    return (a[t] > 0 or not by_sign) and math.exp(at[t]) - math.exp(q[t]) > difference_high
 
   def low(t):
-    return a[t] <= 0 and math.exp(at[t]) - math.exp(q[t]) < -difference_low
+    return (a[t] <= 0 or not by_sign) and math.exp(at[t]) - math.exp(q[t]) < -difference_low
 
   def token(t):
     out = high(t) or low(t)
