@@ -1,9 +1,11 @@
 """Run by test_layout in a process of its own: one step on four fake devices and on one.
 
-With all that a step may do: experts are replayed, and the router's bias is updated.
+With all that a step may do: a reference scores the batch, tokens have weights, experts are
+replayed, and the router's bias is updated.
 """
 
 import dataclasses
+import functools
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -12,14 +14,14 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy as np
-from training_batches import pack, records
+from training_batches import pack, records, weighted
 
-from intellect3.losses.policy_gradient import masked_importance_loss
-from intellect3.models import presets
+from intellect3.losses.components import weighted_sum_loss
+from intellect3.models import presets, transformer
 from intellect3.pipeline import placement
 from intellect3.sharding.mesh import make_mesh
 from intellect3.sharding.rules import TRAIN_FSDP
-from intellect3.training import layout, optimizer, step
+from intellect3.training import layout, optimizer, scoring, step
 
 CONFIG = dataclasses.replace(
   presets.tiny(embed_dim=16, head_dim=4, mlp_dim=24, expert_mlp_dim=8, vocab_size=32),
@@ -28,19 +30,33 @@ CONFIG = dataclasses.replace(
 LENGTHS = [8, 5, 7, 3, 4, 6, 8, 3]
 ROWS = ((0,), (1, 3), (2,), (4,), (5,), (6,), (7,))
 RATE = 1e-2
+LOSS = functools.partial(weighted_sum_loss, ce_coefficient=0.5, ref_kl_coefficient=0.2)
+REFERENCE = presets.tiny_qwen3(
+  embed_dim=16, head_dim=4, mlp_dim=24, vocab_size=32, num_layers=1, num_dense_layers=1
+)
 
 
 def one_step(mesh, made):
   shardings = layout.state_shardings(CONFIG, made, mesh, TRAIN_FSDP)
   state = layout.make_state(CONFIG, made, shardings, seed=0)
   train_step = step.make_train_step(
-    CONFIG, masked_importance_loss, made, micro_rows=4, head_chunk_size=16, router_bias_rate=RATE
+    CONFIG, LOSS, made, micro_rows=4, head_chunk_size=16, router_bias_rate=RATE
   )
-  batch = replayed(pack(records(LENGTHS), ROWS, row_length=8, row_count=8))
+  batch = replayed(pack(weighted(records(LENGTHS)), ROWS, row_length=8, row_count=8))
+  placed = placement.place(batch, mesh)
+  placed = placed._replace(ref_logprobs=reference_logprobs(mesh, placed))
+  _laid(placed.ref_logprobs, placed.tokens.sharding)
   compiled = layout.compile_step(train_step, shardings, mesh, TRAIN_FSDP)
-  state, metrics = compiled(state, placement.place(batch, mesh))
+  state, metrics = compiled(state, placed)
   jax.tree.map(lambda leaf, sharding: _laid(leaf, sharding), state, shardings)
   return state, metrics
+
+
+def reference_logprobs(mesh, placed):
+  shardings = layout.param_shardings(REFERENCE, mesh, TRAIN_FSDP)
+  make = jax.jit(lambda: transformer.init(REFERENCE, jax.random.key(1)), out_shardings=shardings)
+  fn = scoring.make_batch_logprob_fn(REFERENCE, micro_rows=4, head_chunk_size=16)
+  return layout.compile_scoring(fn, placement.row_sharding(mesh), mesh, TRAIN_FSDP)(make(), placed)
 
 
 def replayed(batch):
