@@ -84,8 +84,8 @@ def leave_one_out(rewards_N: Array, group_ids_N: Array) -> Array:
 
     A_i = R_i - 1/(G-1) sum_{j != i} R_j = G/(G-1) (R_i - mean(R))
 
-  RLOO (arXiv 2402.14740, equation 6; Kool, van Hoof and Welling 2019). The baseline does not depend
-  on the rollout it is subtracted from, so the policy gradient is unbiased. A group of one has no
+  RLOO (arXiv 2402.14740; first Kool, van Hoof and Welling 2019). The baseline does not depend on
+  the rollout that it is subtracted from, so the policy gradient is unbiased. A group of one has no
   others and gets 0, which the paper leaves open.
 
   Args:
@@ -159,9 +159,9 @@ def moving_baseline(
   - The paper updates a baseline with one rollout after another, b <- decay b + (1 - decay) R, so
     the result depends on their order. Here the n rewards of a call share, equally, the weight
     1 - decay^n that they have together: the mean over all orders, and independent of the order.
-  - The paper subtracts the baseline that a reward has already entered. Here all are compared with
-    the baseline from before the call (prime-rl does so too), so it is independent of the rollout
-    and the gradient is unbiased.
+  - The paper lists the update before the subtraction, by which a reward enters its own baseline.
+    Here all are compared with the baseline from before the call (prime-rl does so too), so it is
+    independent of the rollout and the gradient is unbiased.
   - The paper begins with 0, which takes 1/(1-decay) rewards to forget. Baselines of zero do the
     same here; NaN means that the agent has none yet. Then b' is the mean of its first rewards (no
     bias to correct), and these rewards are compared with the mean of the agent's others in the
