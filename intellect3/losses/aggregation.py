@@ -62,7 +62,9 @@ def token_mean(
       least 1), over `axis_name` too.
     num_sequences: not read.
     axis_name: mesh axes over which rows are split inside `shard_map`: sums cross them. With a
-      denominator it may be left out; the results are then this shard's share of the sum.
+      denominator it may be left out; the results are then this shard's share of the sum. Where the
+      gradient itself is taken inside a `shard_map` with `check_vma=False`, leave it out: jax then
+      transposes the sum over shards to a sum, and the gradient is too large by their number.
 
   Returns:
     Scalar, float32 or wider.
@@ -175,8 +177,8 @@ def without_padding(
     return masked(logprobs, loss_mask), loss_mask
   checks.segment_ids(segment_ids, loss_mask)
   mask = loss_mask & (segment_ids != 0)
-  unknown = (segment_ids < 0) | (segment_ids > loss_mask.shape[1])
-  return jnp.where(mask & unknown, jnp.nan, masked(logprobs, mask)), mask
+  known = (segment_ids >= 0) & (segment_ids <= loss_mask.shape[1])
+  return masked(jnp.where(known, logprobs, jnp.nan), mask), mask
 
 
 def total(values: jax.Array, axis_name: AxisName | None) -> jax.Array:
@@ -205,7 +207,7 @@ def require_axis(mask: jax.Array, axis_name: AxisName | None) -> None:
     ValueError: inside `shard_map`, without the mesh axes over which the mask is split.
   """
   named = set(axis_name) if isinstance(axis_name, tuple) else {axis_name} - {None}
-  split: frozenset = getattr(jax.typeof(mask), "vma", frozenset()) - named
+  split = _varying(mask) - named
   if not split and not named:  # under check_vma=False nothing says what is split
     split = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
   if split:
@@ -213,3 +215,11 @@ def require_axis(mask: jax.Array, axis_name: AxisName | None) -> None:
       "axis_name: expected the mesh axes over which rows are split inside shard_map "
       f"({sorted(map(str, split))}), or the global denominator, got {axis_name!r}"
     )
+
+
+def _varying(array: jax.Array) -> frozenset[Hashable]:
+  """The manual mesh axes over which an array is split, as its type says."""
+  kind = jax.typeof(array)
+  if hasattr(kind, "vma"):
+    return frozenset(kind.vma)
+  return frozenset(getattr(getattr(kind, "manual_axis_type", None), "varying", ()))

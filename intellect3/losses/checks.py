@@ -94,3 +94,9 @@ def finite(name: str, value: Any) -> None:
     scalar(name, value)
   elif not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
     raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def function(name: str, value: Any, which: str) -> None:
+  """Raises ValueError where an argument is not a function."""
+  if not callable(value):
+    raise ValueError(f"{name}: expected a function, {which}, got {value!r}")

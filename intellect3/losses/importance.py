@@ -154,7 +154,7 @@ def quantiles(values: jax.Array, mask: jax.Array, probabilities: Sequence[float]
     probabilities: Q numbers in [0, 1].
 
   Returns:
-    float32 [Q]; NaN where no value takes part.
+    float32 [Q]; NaN where no value takes part, or one that does is NaN.
 
   Raises:
     ValueError: a probability outside [0, 1], or shapes differ.
@@ -163,11 +163,12 @@ def quantiles(values: jax.Array, mask: jax.Array, probabilities: Sequence[float]
   for probability in probabilities:
     if not 0 <= probability <= 1:
       raise ValueError(f"probabilities: expected numbers in [0, 1], got {probability}")
-  ordered_N = jnp.sort(jnp.where(mask, aggregation.masked(values, mask), jnp.inf).reshape(-1))
+  wide = aggregation.masked(values, mask)
+  ordered_N = jnp.sort(jnp.where(mask, wide, jnp.inf).reshape(-1))
   count = jnp.sum(mask)
   place_Q = jnp.asarray(probabilities, ordered_N.dtype) * (count - 1)
   low_Q = jnp.clip(jnp.floor(place_Q).astype(jnp.int32), 0)
   high_Q = jnp.minimum(low_Q + 1, jnp.maximum(count - 1, 0))
   low, high = ordered_N[low_Q], ordered_N[high_Q]
   between = low + jnp.where(high > low, (high - low) * (place_Q - low_Q), 0)
-  return jnp.where(count > 0, between, jnp.nan)
+  return jnp.where((count > 0) & ~jnp.any(jnp.isnan(wide)), between, jnp.nan)

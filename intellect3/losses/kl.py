@@ -128,8 +128,7 @@ def penalty_loss(
   Raises:
     ValueError: no `ref_logprobs`, or see `terms.prepare`.
   """
-  if not callable(estimator):
-    raise ValueError(f"estimator: expected kl.k1, k2 or k3, got {estimator!r}")
+  checks.function("estimator", estimator, "kl.k1, k2 or k3")
   batch = terms.prepare(
     logprobs, inference_logprobs, advantages, loss_mask, segment_ids, denominator, num_sequences,
     aggregate, axis_name,

@@ -88,9 +88,9 @@ def _counts(mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def _numbers(segment_ids: jax.Array) -> jax.Array:
-  """The ids, T + 1 where they are outside [0, T]: a number that no table has."""
-  length = segment_ids.shape[1]
-  return jnp.where((segment_ids < 0) | (segment_ids > length), length + 1, segment_ids)
+  """The ids, unsigned: one outside [0, T], a negative one too, lies behind every table."""
+  wide = segment_ids.dtype.itemsize == 8
+  return segment_ids.astype(jnp.uint64 if wide else jnp.uint32)
 
 
 def _at_tokens(table: jax.Array, like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -37,6 +37,7 @@ def negative_log_likelihood(
     ValueError: wrong rank, shapes or dtypes.
   """
   checks.tokens(loss_mask, logprobs=logprobs)
+  checks.function("aggregate", aggregate, "of losses.aggregation")
   trained, mask = aggregation.without_padding(logprobs, loss_mask, segment_ids)
   count = aggregation.token_count(mask, denominator, axis_name)
   nats = -trained

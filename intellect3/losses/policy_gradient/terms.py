@@ -131,8 +131,7 @@ def prepare(
   checks.tokens(
     loss_mask, logprobs=logprobs, inference_logprobs=inference_logprobs, advantages=advantages
   )
-  if not callable(aggregate):
-    raise ValueError(f"aggregate: expected a function of losses.aggregation, got {aggregate!r}")
+  checks.function("aggregate", aggregate, "of losses.aggregation")
   trainer, mask = aggregation.without_padding(logprobs, loss_mask, segment_ids)
   behaviour = aggregation.masked(jax.lax.stop_gradient(inference_logprobs), mask)
   return Terms(
