@@ -1,4 +1,4 @@
-"""Whole runs of losses as a user starts them: every process real, a fresh model, few steps."""
+"""Whole runs of losses as a user starts them: every process real, few steps."""
 
 import json
 import pathlib
@@ -65,7 +65,7 @@ def run(out, file, settings):
   rows = telemetry.read_metrics(telemetry.metrics_path(out, "trainer"))
   assert [row["step"] for row in rows] == [1, 2, 3]
   for row in rows:
-    assert np.isfinite(row["loss"]) and 0.0 < row["grad_norm"] < 100.0
+    assert np.isfinite(row["loss"]) and 0.0 < row["grad_norm"] < 100.0, row
     assert 0.0 < row["effective_sample_share"] <= 1.0 + 1e-6
   return rows
 
@@ -118,10 +118,10 @@ def test_terms_token_weights_and_a_reference_of_another_family(policy, teacher, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(path.stem for path in RUNS.glob("*.gin")))
-def test_a_run_of_each_file(policy, teacher, tmp_path, file):
-  settings = {"rl.run.model_path": str(policy)}
+def test_a_run_of_each_file(model, teacher, tmp_path, file):
+  settings = {"rl.run.model_path": str(model)}
   if "reference_path" in (RUNS / f"{file}.gin").read_text():
-    settings["trainer.trainer.reference_path"] = str(policy if file == "kl_penalty" else teacher)
+    settings["trainer.trainer.reference_path"] = str(model if file == "kl_penalty" else teacher)
   rows = run(tmp_path / "run", file, settings)
   summary = json.loads((tmp_path / "run" / "summary.json").read_text())
   assert summary["steps"] == 3
