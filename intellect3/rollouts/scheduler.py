@@ -200,7 +200,6 @@ class Scheduler:
       if group.group_id in self._completed:  # scored before the loss: score what is left again
         self._completed.remove(group.group_id)
         self._pool_updates = [u for u in self._pool_updates if u[0] != group.group_id]
-        self._rewards.pop(group.group_id, None)
       group.result = None
       self._maybe_complete(group)
 

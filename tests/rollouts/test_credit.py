@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -54,11 +55,16 @@ def test_baselines_move_at_the_commit_and_later_groups_are_compared_with_them():
 
 
 def test_who_finished_first_changes_no_bit():
-  rewards = {0: [0.3, 0.1, 0.9], 1: [0.7, 0.2, 0.4]}
+  rewards = {0: [0.3, 0.1, 0.9], 1: [0.7, 0.6, 0.2]}
+  # A mean in another order has other bits.
+  assert np.mean(rewards[0] + rewards[1]) != np.mean(rewards[1] + rewards[0])
+  chosen = credit.Credit(
+    advantage_fn=MOVING.advantage_fn, reward_fn=lambda rewards, lengths: rewards
+  )
   states = []
   for order in ([0, 1], [1, 0]):
     for samples in ([0, 1, 2], [2, 0, 1]):
-      machine = make_scheduler(credit=MOVING)
+      machine = make_scheduler(credit=chosen)
       machine.weights(0)
       groups = by_group(machine.dispatch())
       for index in order:
@@ -66,7 +72,7 @@ def test_who_finished_first_changes_no_bit():
           summary = make_summary(groups[index][sample], reward=rewards[index][sample])
           machine.finished(summary)
       commit(machine)
-      states.append(machine.state()["baselines"])
+      states.append((machine.state()["baselines"], machine.credit_metrics()))
   assert all(state == states[0] for state in states)
 
 
@@ -143,8 +149,8 @@ def test_rewards_enter_the_baselines_once_though_a_group_is_scored_again():
   commit(machine)
   moved = machine.state()["baselines"]
   assert moved == pytest.approx({"words": 2 / 5})
-  machine.lost([first[0].rollout_id], "server fenced")  # after it: what is left stays as it was
-  commit(machine)
+  machine.lost([second[2].rollout_id], "server fenced")  # after it: what is left has counted
+  assert commit(machine).advantages == {second[0].rollout_id: 1.0 - moved["words"]}
   assert machine.state()["baselines"] == moved
 
 
@@ -210,6 +216,18 @@ def test_a_synchronous_run_stopped_and_resumed_has_the_same_baselines_to_the_bit
   assert trained(resumed) == trained(whole)
   for row, state in zip(resumed.rows.values(), states[3:], strict=True):
     assert row["baseline/coin"] == state["coin"]
+
+
+def test_a_tasks_agent_reaches_the_baselines(tmp_path):
+  world = World(tmp_path, steps=1, credit=MOVING)
+  sides = ("heads", "tails", "")
+  task = world.environment.task
+  world.environment.task = lambda split, index: msgspec.structs.replace(
+    task(split, index), agent=sides[index % 3]
+  )
+  asyncio.run(world.run())
+  names = set(manifests(world)[0].scheduler_state["baselines"])
+  assert names == {"coin/heads", "coin/tails", "coin"}
 
 
 def test_an_advantage_function_that_fails_ends_the_run(tmp_path):
