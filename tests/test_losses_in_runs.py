@@ -10,11 +10,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import gin_config
 from intellect3 import rl
 from intellect3.models import hf, presets, transformer
+from intellect3.rl.trainer import effective_sample_share
 from intellect3.training import loss_inputs
 
 RUNS = pathlib.Path("experiments/configs/runs")
@@ -144,3 +146,13 @@ def test_a_loss_that_does_not_fit_its_run_is_refused(file, settings, message, mo
   with pytest.raises(gin_config.ConfigError) as refused:
     gin_config.call(rl.run, run_dir="unused", role="trainer", orchestrator_port=1, server_port=2)
   assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_effective_sample_share_is_kishs():
+  ratios = np.array([0.5, 1.0, 2.0, 4.0])
+  metrics = {"importance_ratio": ratios.mean(), "importance_ratio_squared": (ratios**2).mean()}
+  share = effective_sample_share(metrics)["effective_sample_share"]
+  assert share == pytest.approx(ratios.sum() ** 2 / (4 * (ratios**2).sum()))
+  # A loss of one's own may not tell, and a step may have no token of the term that does.
+  assert effective_sample_share({"importance_ratio": 1.0}) == {}
+  assert effective_sample_share(dict.fromkeys(metrics, 0.0)) == {}

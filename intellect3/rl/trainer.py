@@ -280,7 +280,7 @@ def _loop(
       number,
       {
         **metrics,
-        **_effective_sample_share(metrics),
+        **effective_sample_share(metrics),
         **_batch_metrics(batch),
         "wait_seconds": arrived - ended,
         **({} if score is None else {"reference_seconds": reference_seconds}),
@@ -320,7 +320,7 @@ def _batch_metrics(batch: Any) -> dict[str, float]:
   }
 
 
-def _effective_sample_share(metrics: Mapping[str, Any]) -> dict[str, float]:
+def effective_sample_share(metrics: Mapping[str, Any]) -> dict[str, float]:
   """`(sum r)^2 / (N sum r^2)` of the importance ratios, 1 / N to 1, where the loss gives both sums.
 
   Kish's effective sample size over the loss-masked tokens of the whole batch, as a share.
