@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(shell $(BIN)/python -c 'import pip' >/dev/null 2>&1 || rm -f $(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv plan test test-slow sglang test-sglang lint format demo lock clean
+.PHONY: help .venv plan test test-slow sglang test-sglang lint format demo notebooks lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ demo: $(STAMP) ## warm-up and asynchronous RL of a small model on this machine
 	$(BIN)/python -m experiments.sft_run --gin experiments/configs/runs/demo_sft.gin --out runs/demo_sft
 	$(BIN)/python -m experiments.rl_run --gin experiments/configs/runs/demo.gin --out runs/demo
 	@echo 'results: runs/demo/summary.json, runs/demo/curves.png, runs/demo/metrics/'
+
+notebooks: $(STAMP) ## run the notebooks at full size (half an hour); HTML in build/notebooks
+	$(BIN)/python -m tools.notebooks --out build/notebooks $(sort $(wildcard notebooks/*.ipynb))
 
 # Needs no .venv: it resolves pyproject.toml anew, in an environment of its own.
 lock: ## resolve the dependencies anew and write the lock

@@ -5,15 +5,15 @@ there; since all trajectories can be listed, its expectation under the behaviour
 variance are sums, and the policy gradient it should estimate is known.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from intellect3.lab import mismatch as mismatches
 from intellect3.lab import policy, training
 from intellect3.losses import policy_gradient
 
@@ -113,58 +113,65 @@ def estimate(
 
 def study(
   problem: policy.Problem,
-  losses: dict[str, training.LossFn],
+  losses: Mapping[str, training.LossFn],
   *,
-  stalenesses: Sequence[int],
+  cells: Sequence[training.Cell],
   seeds: int,
   steps: Sequence[int],
   settings: training.Settings,
-  mismatch: mismatches.Mismatch = mismatches.none,
 ) -> dict[str, Estimate]:
   """Every correction on the same pairs of policies, along on-policy training.
 
-  Version n of a run without staleness, trained with REINFORCE, is updated by trajectories of its
-  version n - staleness. So all corrections see the same policies, those of a healthy run.
+  Version n of a run without staleness or mismatch, trained with REINFORCE, is updated by
+  trajectories that the server sampled from its version n - staleness. So all corrections see the
+  same policies, those of a healthy run.
 
   Args:
     losses: by name.
-    stalenesses: each at most the least of `steps`.
+    cells: staleness and mismatch; the learning rate, the same in all, is that of the run.
     seeds: runs, numbered from 0.
     steps: the versions n; an estimate is the mean over them.
-    settings: of the runs; the last of `steps` is the number of updates.
-    mismatch: of the server that samples.
+    settings: of the runs, which take as many steps as they need, and the kind of mismatch.
 
   Returns:
-    Per name estimates with float32 arrays [K, S].
+    Per name estimates with NumPy arrays [C, S].
 
   Raises:
-    ValueError: where a staleness is older than a version.
+    ValueError: where a staleness is above the least of `steps`, or learning rates differ.
   """
-  if max(stalenesses) > min(steps):
+  rates = {cell.learning_rate for cell in cells}
+  if len(rates) != 1:
+    raise ValueError(f"cells: expected one learning rate, got {sorted(rates)}")
+  if max(cell.staleness for cell in cells) > min(steps):
     raise ValueError(
-      f"stalenesses: expected at most the least of steps ({min(steps)}), got {max(stalenesses)}"
+      f"cells: expected stalenesses of at most the least of steps ({min(steps)}), got "
+      f"{max(cell.staleness for cell in cells)}"
     )
   run = training.train(
-    problem, policy_gradient.reinforce_loss, stalenesses=[0], seeds=seeds, settings=settings
+    problem,
+    policy_gradient.reinforce_loss,
+    cells=[training.Cell(0, rates.pop())],
+    seeds=seeds,
+    settings=dataclasses.replace(settings, steps=max(steps), evaluate_every=max(steps)),
   )
-  targets = run.weights[0][:, list(steps)]
-  ages = np.asarray(steps)[None, :] - np.asarray(stalenesses)[:, None]
-  behaviours = run.weights[0][:, ages]
-  seed_count, age_count, step_count = behaviours.shape[:3]
-  shape = (seed_count, age_count, step_count, *targets.shape[2:])
+  shape = (len(cells), seeds, len(steps))
+  cell, seed, step = (index.ravel() for index in np.indices(shape))
+  versions = jnp.asarray(run.weights[0])
   pairs = (
-    jnp.asarray(np.broadcast_to(targets[:, None], shape).reshape(-1, *shape[3:])),
-    jnp.asarray(behaviours.reshape(-1, *shape[3:])),
-    jax.random.split(jax.random.key(seeds), int(np.prod(shape[:3]))),
+    versions[seed, np.asarray(steps)[step]],
+    versions[seed, np.asarray(steps)[step] - np.asarray([c.staleness for c in cells])[cell]],
+    jnp.asarray([c.mismatch for c in cells], jnp.float32)[cell],
+    jax.random.split(jax.random.key(0), cell.size),
   )
 
   def of(loss_fn: training.LossFn) -> Estimate:
-    def pair(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Estimate:
-      target, behaviour, key = inputs
-      return estimate(problem, loss_fn, target, mismatch(policy.logits(problem, behaviour), key))
+    def pair(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Estimate:
+      target, behaviour, amount, key = inputs
+      server_logits = settings.mismatch(policy.logits(problem, behaviour), key, amount)
+      return estimate(problem, loss_fn, target, server_logits)
 
     flat = jax.jit(functools.partial(jax.lax.map, pair))(pairs)
-    return jax.tree.map(lambda x: np.asarray(x).reshape(shape[:3]).mean(axis=2).T, flat)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(shape).mean(axis=2), flat)
 
   return {name: of(loss_fn) for name, loss_fn in losses.items()}
 

@@ -2,7 +2,7 @@
 
 Place in the ring: in the lab, the exact half's train loop. Step n starts from version n-1 and is
 fed by version n-1-staleness (version 0 until there is one), as in the real loop. A run is one
-compiled scan, mapped over stalenesses and seeds; return and entropy are exact.
+compiled scan, mapped over the cells of a sweep and over seeds; return and entropy are exact.
 """
 
 import dataclasses
@@ -22,39 +22,67 @@ from intellect3.losses import advantages
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
+class Cell(NamedTuple):
+  """One point of a sweep.
+
+  Attributes:
+    staleness: versions between the policy that is updated and the one that sampled, >= 0.
+    learning_rate: what `Settings.optimizer` gets.
+    mismatch: the amount of `Settings.mismatch`; 0 is none.
+  """
+
+  staleness: Any
+  learning_rate: Any
+  mismatch: Any = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a run is made of besides its loss and its data's age.
+  """What a run is made of besides its loss and its cell.
 
   Attributes:
     steps: updates.
     group: trajectories per prompt in a batch; their mean reward is the baseline. A batch has all
       prompts.
-    learning_rate: what `optimizer` gets.
-    optimizer: optax. SGD applies the estimator itself; Adam, as in language models, hides its
-      scale.
-    mismatch: from the trainer's logits to the server's.
+    optimizer: optax, given the learning rate. SGD applies the estimator itself; Adam, as with
+      language models, hides its scale.
+    mismatch: from the trainer's logits to the server's, at each cell's amount.
+    evaluate_every: return and entropy are computed of every so many versions.
   """
 
   steps: int = 200
   group: int = 8
-  learning_rate: float = 0.1
-  optimizer: Callable[[float], optax.GradientTransformation] = optax.adam
-  mismatch: mismatches.Mismatch = mismatches.none
+  optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam
+  mismatch: mismatches.Mismatch = mismatches.gaussian
+  evaluate_every: int = 5
+
+  def __post_init__(self):
+    for name in ("steps", "group", "evaluate_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    if self.steps % self.evaluate_every:
+      raise ValueError(
+        f"evaluate_every: expected a divisor of steps ({self.steps}), got {self.evaluate_every}"
+      )
+
+  @property
+  def evaluated(self) -> np.ndarray:
+    """The versions of which return and entropy are computed: int [E], from 0 to `steps`."""
+    return np.arange(0, self.steps + 1, self.evaluate_every)
 
 
 class Run(NamedTuple):
-  """What K stalenesses x S seeds of N steps did.
+  """What C cells x S seeds of N steps did, as NumPy arrays.
 
   Attributes:
-    returns_KSN: NumPy, as all; float32 [K, S, N + 1], exact, of versions 0 to N.
-    entropies_KSN: float32 [K, S, N + 1], of a trajectory, in nats.
-    metrics: the loss's own metrics by name, float32 [K, S, N], of step n + 1 at index n.
-    weights: float32 [K, S, N + 1, D, V], every version.
+    returns_CSE: float32, exact, of the versions `Settings.evaluated`.
+    entropies_CSE: float32, of a trajectory, in nats, likewise.
+    metrics: the loss's own metrics by name, float32 [C, S, N], of step n at index n - 1.
+    weights: float32 [C, S, N + 1, D, V], every version.
   """
 
-  returns_KSN: Any
-  entropies_KSN: Any
+  returns_CSE: Any
+  entropies_CSE: Any
   metrics: dict[str, Any]
   weights: Any
 
@@ -63,34 +91,35 @@ def train(
   problem: policy.Problem,
   loss_fn: LossFn,
   *,
-  stalenesses: Sequence[int],
+  cells: Sequence[Cell],
   seeds: int,
-  settings: Settings | None = None,
+  settings: Settings,
 ) -> Run:
-  """Trains policies with one loss, one per staleness and seed.
+  """Trains policies with one loss, one per cell and seed.
 
   Args:
     problem: what is rewarded.
     loss_fn: of `intellect3.losses.policy_gradient` or of their signature.
-    stalenesses: versions between the policy that is updated and the one that sampled, each >= 0.
+    cells: all are run at once.
     seeds: independent runs, numbered from 0; a number draws the same random keys for every loss
-      and staleness, so that differences between losses are paired.
+      and cell, so that differences between losses are paired.
     settings: steps, batch, optimizer, mismatch.
 
   Raises:
-    ValueError: where a staleness is below 0, there is none, or seeds, steps or group are below 1.
+    ValueError: where there is no cell, a staleness is below 0, or seeds is below 1.
   """
-  settings = settings or Settings()
-  if not stalenesses or min(stalenesses) < 0:
-    raise ValueError(f"stalenesses: expected numbers of at least 0, got {list(stalenesses)}")
-  counts = {"seeds": seeds, "steps": settings.steps, "group": settings.group}
-  for name, value in counts.items():
-    if value < 1:
-      raise ValueError(f"{name}: expected at least 1, got {value}")
+  if not cells or min(cell.staleness for cell in cells) < 0:
+    raise ValueError(f"cells: expected stalenesses of at least 0, got {list(cells)}")
+  if seeds < 1:
+    raise ValueError(f"seeds: expected at least 1, got {seeds}")
   one = functools.partial(_run, problem, loss_fn, settings)
-  over_seeds = jax.vmap(one, in_axes=(None, 0))
-  over_both = jax.jit(jax.vmap(over_seeds, in_axes=(0, None)))
-  run = over_both(jnp.asarray(stalenesses, jnp.int32), jnp.arange(seeds))
+  over_both = jax.jit(jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None)))
+  table = Cell(
+    staleness=jnp.asarray([cell.staleness for cell in cells], jnp.int32),
+    learning_rate=jnp.asarray([cell.learning_rate for cell in cells], jnp.float32),
+    mismatch=jnp.asarray([cell.mismatch for cell in cells], jnp.float32),
+  )
+  run = over_both(table, jnp.arange(seeds))
   return jax.tree.map(np.asarray, run)
 
 
@@ -98,10 +127,10 @@ def _run(
   problem: policy.Problem,
   loss_fn: LossFn,
   settings: Settings,
-  staleness: jax.Array,
+  cell: Cell,
   seed: jax.Array,
 ) -> Run:
-  optimizer = settings.optimizer(settings.learning_rate)
+  optimizer = settings.optimizer(cell.learning_rate)
   weights = policy.initial(problem)
   prompts_B = jnp.repeat(jnp.arange(problem.prompts), settings.group)
   everywhere = jnp.ones((prompts_B.size, problem.length), jnp.bool_)
@@ -110,8 +139,8 @@ def _run(
     versions, moments = carry
     number, key = inputs
     server_key, sample_key = jax.random.split(key)
-    behaviour = versions[jnp.maximum(number - 1 - staleness, 0)]
-    server_logits = settings.mismatch(policy.logits(problem, behaviour), server_key)
+    behaviour = versions[jnp.maximum(number - 1 - cell.staleness, 0)]
+    server_logits = settings.mismatch(policy.logits(problem, behaviour), server_key, cell.mismatch)
     tokens = policy.sample(server_logits, prompts_B, sample_key)
     inference_logprobs = policy.logprobs(server_logits, prompts_B, tokens)
     advantages_B = advantages.group_mean(policy.reward(problem, prompts_B, tokens), prompts_B)
@@ -131,6 +160,7 @@ def _run(
   numbers = jnp.arange(1, settings.steps + 1)
   carry = (versions, optimizer.init(weights))
   (versions, _), metrics = jax.lax.scan(step, carry, (numbers, keys))
-  returns = jax.lax.map(functools.partial(policy.expected_return, problem), versions)
-  entropies = jax.lax.map(functools.partial(policy.entropy, problem), versions)
+  evaluated = versions[settings.evaluated]
+  returns = jax.lax.map(functools.partial(policy.expected_return, problem), evaluated)
+  entropies = jax.lax.map(functools.partial(policy.entropy, problem), evaluated)
   return Run(returns, entropies, metrics, versions)
