@@ -35,8 +35,13 @@ def segment_ids(ids: jax.Array, like: jax.Array) -> None:
     ValueError: where they are not.
   """
   same_shape("segment_ids", ids, like)
-  if not jnp.issubdtype(ids.dtype, jnp.integer):
-    raise ValueError(f"segment_ids: expected an integer dtype, got {ids.dtype}")
+  integers("segment_ids", ids)
+
+
+def integers(name: str, array: jax.Array) -> None:
+  """Raises ValueError where an array is not of integers."""
+  if not jnp.issubdtype(array.dtype, jnp.integer):
+    raise ValueError(f"{name}: expected an integer dtype, got {array.dtype}")
 
 
 def same_shape(name: str, array: jax.Array, like: jax.Array) -> None:

@@ -8,21 +8,25 @@ A segment is the set of tokens of a row that share a segment id; ids lie in [0, 
 tokens. A trajectory is never split over rows, so nothing here crosses shards as long as rows are
 whole; a row of T tokens that is itself split over devices by hand cannot be summed here.
 
-A sum over segments is a scatter, which costs far more per token than all else in a loss. Rows hold
-few trajectories beside their tokens, so blocks that lie in one segment are summed first; where a
-row holds too many for that, every token is scattered.
+Sums over segments are a scatter and a gather, which cost more per token than all else in a loss.
+Rows hold few trajectories beside their tokens, so blocks of tokens that lie in one segment are
+taken as one; where a batch holds too many that do not, every token is taken by itself.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from intellect3.losses import checks
 
-BLOCK = 32
-"""Tokens that are summed before they are scattered, where they lie in one segment."""
+BLOCK = 64
+"""Tokens that are taken as one where they lie in one segment."""
+
+MIXED = 8
+"""One block in so many of a row may lie in several: 128 blocks of 65,536 tokens."""
 
 
 def segment_sum(
@@ -87,17 +91,46 @@ def _counts(mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   return _tabulate(ones, mask, segment_ids, jnp.sum, jax.ops.segment_sum, 0)
 
 
+class _Blocks(NamedTuple):
+  """A row's tokens, BLOCK at a time.
+
+  Attributes:
+    numbers_BNK: unsigned, the ids.
+    uniform_BN: bool, the blocks that lie in one segment.
+    mixed_BM: int32, the first M of the others; N where there are fewer.
+    fit: bool, whether there are no more than M in any row.
+  """
+
+  numbers_BNK: jax.Array
+  uniform_BN: jax.Array
+  mixed_BM: jax.Array
+  fit: jax.Array
+
+
 def _numbers(segment_ids: jax.Array) -> jax.Array:
   """The ids, unsigned: one outside [0, T], a negative one too, lies behind every table."""
+  checks.integers("segment_ids", segment_ids)
   wide = segment_ids.dtype.itemsize == 8
   return segment_ids.astype(jnp.uint64 if wide else jnp.uint32)
 
 
-def _at_tokens(table: jax.Array, like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  if segment_ids is None:
-    return jnp.broadcast_to(table, like.shape)
-  look_up = jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=jnp.nan))
-  return look_up(table, _numbers(segment_ids))
+def _blocks(numbers: jax.Array) -> _Blocks | None:
+  """None where rows are too short, or no whole number of blocks."""
+  rows, length = numbers.shape
+  most = length // BLOCK // MIXED
+  if length % BLOCK or not most:
+    return None
+  numbers_BNK = numbers.reshape(rows, -1, BLOCK)
+  uniform_BN = jnp.all(numbers_BNK == numbers_BNK[:, :, :1], axis=2)
+  nowhere = uniform_BN.shape[1]
+  find = lambda uniform_N: jnp.nonzero(~uniform_N, size=most, fill_value=nowhere)[0]  # noqa: E731
+  fit = jnp.all(jnp.sum(~uniform_BN, axis=1) <= most)
+  return _Blocks(numbers_BNK, uniform_BN, jax.vmap(find)(uniform_BN), fit)
+
+
+def _take(table: jax.Array, at: jax.Array, fill: jax.typing.ArrayLike) -> jax.Array:
+  """Entries of each row's table, [B, ..]; `fill` where there is none."""
+  return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=fill))(table, at)
 
 
 def _tabulate(
@@ -111,36 +144,51 @@ def _tabulate(
   """[B, T + 1], the reduction of each segment at its id; [B, 1] without ids."""
   if segment_ids is None:
     return over(jnp.where(mask, values, identity), axis=1, keepdims=True)
-  checks.segment_ids(segment_ids, values)
+  checks.same_shape("segment_ids", segment_ids, values)
   rows, length = values.shape
   numbers = _numbers(segment_ids)
+  blocks = _blocks(numbers)
   scatter = jax.vmap(functools.partial(over_segments, num_segments=length + 1))
-  capacity = length // BLOCK // 16
-  if length % BLOCK or not capacity:
-    return scatter(jnp.where(mask, values, identity), numbers)
-
-  blocks = numbers.reshape(rows, -1, BLOCK)
-  uniform = jnp.all(blocks == blocks[:, :, :1], axis=2)
 
   # Masked inside of the branches, where it fuses with what they do.
-  def token_by_token(values: jax.Array, mask: jax.Array) -> jax.Array:
+  def by_token() -> jax.Array:
     return scatter(jnp.where(mask, values, identity), numbers)
 
-  def block_by_block(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """What uniform blocks come to, then the tokens of the few others."""
-    values = jnp.where(mask, values, identity)
-    nowhere = uniform.shape[1]
-    mixed = jax.vmap(lambda row: jnp.nonzero(~row, size=capacity, fill_value=nowhere)[0])(uniform)
+  if blocks is None:
+    return by_token()
 
-    def of_mixed(array: jax.Array, fill: float) -> jax.Array:
-      take = jax.vmap(lambda row_NK, at: row_NK.at[at].get(mode="fill", fill_value=fill))
-      return take(array.reshape(rows, -1, BLOCK), mixed).reshape(rows, -1)
-
-    whole = jnp.where(uniform, over(values.reshape(rows, -1, BLOCK), axis=2), identity)
+  def by_block() -> jax.Array:
+    values_BNK = jnp.where(mask, values, identity).reshape(blocks.numbers_BNK.shape)
+    whole_BN = jnp.where(blocks.uniform_BN, over(values_BNK, axis=2), identity)
+    rest_BMK = _take(values_BNK, blocks.mixed_BM, identity)
+    of_rest_BMK = _take(blocks.numbers_BNK, blocks.mixed_BM, length + 1)
     return scatter(
-      jnp.concatenate([whole, of_mixed(values, identity)], axis=1),
-      jnp.concatenate([blocks[:, :, 0], of_mixed(numbers, length + 1)], axis=1),
+      jnp.concatenate([whole_BN, rest_BMK.reshape(rows, -1)], axis=1),
+      jnp.concatenate([blocks.numbers_BNK[:, :, 0], of_rest_BMK.reshape(rows, -1)], axis=1),
     )
 
-  fits = jnp.all(jnp.sum(~uniform, axis=1) <= capacity)
-  return jax.lax.cond(fits, block_by_block, token_by_token, values, mask)
+  return jax.lax.cond(blocks.fit, by_block, by_token)
+
+
+def _at_tokens(table: jax.Array, like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """[B, T], each token's entry of what `_tabulate` made; NaN where its id is outside."""
+  if segment_ids is None:
+    return jnp.broadcast_to(table, like.shape)
+  numbers = _numbers(segment_ids)
+  blocks = _blocks(numbers)
+
+  def by_token() -> jax.Array:
+    return _take(table, numbers, jnp.nan)
+
+  if blocks is None:
+    return by_token()
+
+  def by_block() -> jax.Array:
+    whole_BN = _take(table, blocks.numbers_BNK[:, :, 0], jnp.nan)
+    of_rest_BMK = _take(blocks.numbers_BNK, blocks.mixed_BM, like.shape[1] + 1)
+    rest_BMK = _take(table, of_rest_BMK, jnp.nan)
+    every_BNK = jnp.broadcast_to(whole_BN[:, :, None], blocks.numbers_BNK.shape)
+    put = jax.vmap(lambda every, at, rest: every.at[at].set(rest, mode="drop"))
+    return put(every_BNK, blocks.mixed_BM, rest_BMK).reshape(like.shape)
+
+  return jax.lax.cond(blocks.fit, by_block, by_token)

@@ -33,8 +33,7 @@ def probability_difference_loss(
   large after a move of no consequence, a frequent one's small after a large one. The mask is
   one-sided, as PPO's clip is: only steps that lead farther away are masked. The penalty, of Kimi
   K2.5 (arXiv 2602.02276), is on all loss-masked tokens, also those masked here. prime-rl's default
-  in 2026 (`dppo_mask_low`, `dppo_mask_high`, `kl_tau`; its `adv_tau` is a factor of the
-  advantages). Deviation: r is at most e^20, and has no gradient there.
+  until it returned to IPO (`dppo_mask_low`, `dppo_mask_high`, `kl_tau`; docs/algorithms.md). Deviation: r is at most e^20, and has no gradient there.
 
   Args:
     difference_low: how far the probability may fall where A <= 0, >= 0.
