@@ -1,6 +1,6 @@
-"""Rows long enough that sums over segments go by blocks: 32 tokens at a time from 512 on.
+"""Rows long enough that sums over segments go by blocks of tokens.
 
-Where few blocks hold more than one segment the blocks are summed first, else token by token; both
+Where few blocks hold more than one segment they are taken as one, else every token by itself; both
 must be what a loop says, and the switch must not show.
 """
 
@@ -14,7 +14,8 @@ from intellect3.losses import segments
 from tests.losses import losses_batches as batches
 from tests.losses import losses_house as house
 
-LENGTH = 1024  # two blocks of a row may be mixed
+BLOCK, FIT = segments.BLOCK, 2  # of a row so many blocks may lie in several segments
+LENGTH = FIT * BLOCK * segments.MIXED
 BY_SEGMENT = tuple(
   case
   for case in house.ALL
@@ -33,7 +34,7 @@ def cuts(rng, kind):
   if kind == "many":
     return np.sort(rng.choice(np.arange(1, LENGTH), 20, replace=False))
   if kind == "borders":
-    return 32 * np.sort(rng.choice(np.arange(1, LENGTH // 32), 6, replace=False))
+    return BLOCK * np.sort(rng.choice(np.arange(1, LENGTH // BLOCK), 6, replace=False))
   return np.array([], int)
 
 
@@ -81,11 +82,15 @@ def test_segments_against_a_loop(examples):
   holds()
 
 
+def test_the_rows_are_long_enough():
+  assert LENGTH % BLOCK == 0 and LENGTH // BLOCK // segments.MIXED == FIT
+
+
 def test_as_many_mixed_blocks_as_fit_and_one_more():
-  for mixed in (0, 1, 2, 3):
+  for mixed in range(FIT + 2):
     ids = np.ones((2, LENGTH), np.int32)
     for block in range(mixed):
-      ids[1, 32 * (block + 3) + 5] = 9
+      ids[1, BLOCK * (block + 3) + 5] = 9
     values = np.arange(2 * LENGTH, dtype=np.float32).reshape(2, LENGTH) % 7
     wanted = by_loop(values, values < 5, ids)
     for name, reduce in reductions.items():
@@ -93,14 +98,14 @@ def test_as_many_mixed_blocks_as_fit_and_one_more():
 
 
 @pytest.mark.parametrize("outside", [-1, LENGTH + 1, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize("mixed", [1, 3])
+@pytest.mark.parametrize("mixed", [1, FIT + 1])
 def test_ids_outside_are_nan_at_their_tokens_only(outside, mixed):
   ids = np.full((2, LENGTH), 5, np.int32)
-  ids[0, 32 * np.arange(mixed) + 40] = outside
+  ids[0, BLOCK * np.arange(mixed) + 40] = outside
   ones = np.ones(ids.shape, np.float32)
   for name, reduce in reductions.items():
     np.testing.assert_array_equal(np.isnan(reduce(ones, ones > 0, ids)), ids != 5, err_msg=name)
-  whole = np.where(np.arange(LENGTH) // 32 == 4, outside, ids[1])[None].astype(np.int32)
+  whole = np.where(np.arange(LENGTH) // BLOCK == 4, outside, ids[1])[None].astype(np.int32)
   found = reductions["sum"](ones[:1], ones[:1] > 0, whole)
   np.testing.assert_array_equal(np.isnan(found), whole != 5)
 
