@@ -83,6 +83,7 @@ class _Group:
   running: set[int]
   summaries: dict[int, messages.RolloutSummary] = dataclasses.field(default_factory=dict)
   result: filters.GroupResult | None = None
+  baselines: credit_lib.Baselines | None = None  # what it is compared with, also if scored again
   credited: bool = False  # whether its rewards have entered the baselines
 
 
@@ -213,7 +214,9 @@ class Scheduler:
     if group.running:
       return
     summaries = [group.summaries[key] for key in sorted(group.summaries)]
-    group.result = filters.evaluate_group(summaries, self._filters, self._credit, self._baselines)
+    if group.baselines is None:
+      group.baselines = self._baselines
+    group.result = filters.evaluate_group(summaries, self._filters, self._credit, group.baselines)
     if not group.credited:
       self._rewards[group.group_id] = [
         (credit_lib.agent_of(s.environment, s.agent), group.result.rewards[s.rollout_id])
