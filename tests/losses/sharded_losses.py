@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from intellect3.losses import segments
 from tests.losses import losses_batches as batches
 from tests.losses import losses_house as house
 
@@ -80,6 +81,7 @@ def main():
       np.testing.assert_allclose(np.sum(loss), losses * whole.loss, rtol=2e-5, atol=1e-6)
       house.close(gradient, whole.gradient, err_msg=f"{case} {axis_name}")
     print("ok inside", case.name, flush=True)
+  long_rows()
   two_axes()
   unchecked()
 
@@ -96,6 +98,18 @@ def inside(case, axis_name):
     return loss[None], gradient
 
   return jax.jit(jax.shard_map(one, mesh=mesh(), in_specs=(ROWS, ROWS, WHOLE), out_specs=ROWS))
+
+
+def long_rows():
+  """Where sums over segments go by blocks, each device decides for its own row how."""
+  length = 2 * segments.BLOCK * segments.MIXED
+  long, short = (
+    batches.batch(3, length=length, packed=packed) for packed in ((2, length // 2), (40, 30))
+  )
+  mixed = {name: np.concatenate([long[name][:2], short[name][:2]]) for name in long}
+  for case in (case for case in house.PROPERTIES if case.name in GIVEN[:2]):
+    agree(case, mixed, sharded(case), {}, f"{case} long rows")
+  print("ok long rows", flush=True)
 
 
 def two_axes():

@@ -123,6 +123,17 @@ def test_losses_against_the_definition(case, packed):
       house.close(result.metrics[name], value, scale=1e-2, err_msg=name)
 
 
+def test_vmap_where_one_batch_fits_and_another_does_not():
+  rng = np.random.default_rng(0)
+  ids = np.stack([ids_of(rng, ("few", "whole")), ids_of(rng, ("many", "scattered"))])
+  values = rng.standard_normal(ids.shape).astype(np.float32)
+  for name, reduce in reductions.items():
+    found = jax.vmap(reduce)(values, values < 1, ids)
+    for lane in range(2):
+      wanted = by_loop(values[lane], values[lane] < 1, ids[lane])[name]
+      np.testing.assert_allclose(found[lane], wanted, rtol=1e-5, atol=2e-5, err_msg=name)
+
+
 def test_a_gradient_through_the_sums():
   """Of both ways: each token's value counts once for every token of its segment."""
   rng = np.random.default_rng(0)

@@ -22,6 +22,7 @@ def test_every_loss_over_four_devices():
   assert said == [
     *(f"ok {case.name}" for case in house.PROPERTIES),
     *(f"ok inside {name}" for name in sharded_losses.GIVEN),
+    "ok long rows",
     "ok two axes",
     "ok unchecked",
   ]
