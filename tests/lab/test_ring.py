@@ -4,6 +4,7 @@ The runs are a stand-in's, which writes the metrics files of one; what a real ru
 the loop's own tests, and by the slow test of the ring's notebook.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -64,8 +65,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_grows(todo, tmp_path):
   marker = tmp_path / "out/runs/plain_lag0_seed0/marker"
   marker.touch()
   broken_off = tmp_path / "out/runs/plain_lag0_seed1"
-  broken_off.mkdir()
-  (broken_off / "config.gin").touch()
+  (broken_off / "metrics").mkdir(parents=True)  # the stand-in does not write over it
   grown, lines = run_all(todo, tmp_path)
   assert lines[0].startswith("8 runs of 3 steps, 4 to make")
   assert grown.results[:4] == first.results and marker.exists()
@@ -129,6 +129,10 @@ def test_points_and_curves(todo, tmp_path):
   last = ring_results.points(told.results, ring_results.mean_of("token_staleness_mean", last=1))
   assert {(p.staleness, p.value) for p in last} == {(0, 0), (2, 2)}
   assert ring_results.points(told.results, ring_results.mean_of("entropy")) == []
+  broken = [dataclasses.replace(told.results[0], error="late"), *told.results[1:]]
+  assert ring_results.points(broken, ring_results.final) == ring_results.points(
+    told.results[1:], ring_results.final
+  )
 
   lines = ring_results.curves(told.results, "reward", smooth=2)
   assert list(lines) == ["plain", "careful"] and list(lines["plain"]) == ["0", "2"]
@@ -162,6 +166,9 @@ def test_a_number_of_every_run_over_the_lags(todo, tmp_path):
   lines = ring_results.by_lag(some, ring_results.final)
   assert lines["plain"].x.tolist() == lines["careful"].x.tolist() == [0, 2]
   assert lines["plain"].mean[0] == pytest.approx(0.91) and np.isnan(lines["plain"].mean[1])
+  stale = [result for result in told.results if (result.loss, result.lag) != ("plain", 0)]
+  plain = ring_results.by_lag(stale, ring_results.final)["plain"]
+  assert np.isnan(plain.mean[0]) and plain.mean[1] == pytest.approx(0.71)
   full = statistics.by_staleness(ring_results.points(some, ring_results.final))["careful"]
   for name in ("mean", "low", "high"):
     assert getattr(lines["careful"], name).tolist() == getattr(full, name).tolist()

@@ -3,6 +3,8 @@
 import inspect
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -81,3 +83,9 @@ def test_measuring_without_a_baseline_or_broken_losses_is_refused(inputs):
 
   with pytest.raises(RuntimeError, match="reinforce: expected a finite loss and gradient, got nan"):
     losses.measure({"reinforce": broken}, inputs, 2)
+
+  def infinitely_steep(inputs):
+    return jnp.sqrt(jnp.sum(inputs.logprobs - jax.lax.stop_gradient(inputs.logprobs))), {}
+
+  with pytest.raises(RuntimeError, match="reinforce: expected a finite loss and gradient, got 0"):
+    losses.measure({"reinforce": infinitely_steep}, inputs, 2)
