@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from intellect3.rollouts import accounting, difficulty, filters
+from intellect3.rollouts import accounting, credit, difficulty, filters
 from tests.rollouts.helpers import make_scheduler, make_settings, make_summary
 
 
@@ -233,8 +233,11 @@ def test_ending_twice_is_an_error():
   st.integers(1, 3),
   st.sampled_from(["drop", "mask"]),
   st.sampled_from(["completion", "dispatch"]),
+  st.sampled_from([credit.Credit(), credit.Credit(advantage_fn=credit.MovingBaseline())]),
 )
-def test_accounting_holds_at_every_moment_of_any_schedule(data, off_policy, prompts, rule, order):
+def test_accounting_holds_at_every_moment_of_any_schedule(
+  data, off_policy, prompts, rule, order, given_credit
+):
   """Random interleavings of results, failures, losses, versions, commits and restarts."""
   settings = make_settings(
     steps=6,
@@ -245,7 +248,7 @@ def test_accounting_holds_at_every_moment_of_any_schedule(data, off_policy, prom
   )
   pools = difficulty.Pools(easy_threshold=1.0, easy_fraction=0.2)
   new = lambda: make_scheduler(  # noqa: E731
-    settings, pools=pools, group_filters=filters.Filters(truncated=True)
+    settings, pools=pools, group_filters=filters.Filters(truncated=True), credit=given_credit
   )
   machine = new()
   machine.weights(0)
@@ -257,6 +260,7 @@ def test_accounting_holds_at_every_moment_of_any_schedule(data, off_policy, prom
       assert dispatch.rollout_id not in running
       running[dispatch.rollout_id] = dispatch
     action = data.draw(st.sampled_from(["finish"] * 6 + ["commit", "weights", "lose", "restart"]))
+    baselines = machine.state()["baselines"]
     if action == "finish" and running:
       for key in data.draw(st.lists(st.sampled_from(sorted(running)), unique=True, max_size=6)):
         failed = data.draw(st.booleans()) and data.draw(st.booleans())
@@ -300,6 +304,8 @@ def test_accounting_holds_at_every_moment_of_any_schedule(data, off_policy, prom
       machine.restore(state)
       machine.weights(version)
       running.clear()
+    if action != "commit":
+      assert machine.state()["baselines"] == baselines
     machine.accounting.check()
     counts = machine.accounting.counts()
     assert counts["in_flight"] >= len(running)
