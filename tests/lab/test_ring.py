@@ -69,6 +69,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_grows(todo, tmp_path):
   grown, lines = run_all(todo, tmp_path)
   assert lines[0].startswith("8 runs of 3 steps, 4 to make")
   assert grown.results[:4] == first.results and marker.exists()
+  assert ring_results.failures(grown.results) == []
   again, lines = run_all(todo, tmp_path)
   assert again == grown and len(lines) == 1
 
