@@ -8,6 +8,7 @@ that raises ends the command with its traceback; the other notebooks are not run
 """
 
 import argparse
+import ast
 import json
 import pathlib
 import sys
@@ -39,13 +40,12 @@ def execute(notebook: nbformat.NotebookNode, parameters: Mapping[str, Any]) -> N
   ]
   if len(places) != 1:
     raise ValueError(f"notebook: expected one cell tagged 'parameters', got {len(places)}")
-  known: dict[str, Any] = {}
+  known = _assigned(notebook.cells[places[0]].source)
   for name in parameters:
-    if name not in notebook.cells[places[0]].source:
+    if name not in known:
       raise ValueError(f"parameters: expected names that the notebook sets, got {name!r}")
-    known[name] = parameters[name]
-  if known:
-    source = "\n".join(f"{name} = {value!r}" for name, value in known.items())
+  if parameters:
+    source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     notebook.cells.insert(places[0] + 1, nbformat.v4.new_code_cell(source))
   config = traitlets.config.Config()
   config.KernelManager.transport = "ipc"
@@ -57,6 +57,11 @@ def render(notebook: nbformat.NotebookNode, title: str) -> str:
   """The notebook as one HTML page, pictures inside."""
   exporter = nbconvert.HTMLExporter()
   return exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})[0]
+
+
+def _assigned(source: str) -> set[str]:
+  nodes = ast.walk(ast.parse(source))
+  return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
