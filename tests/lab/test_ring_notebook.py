@@ -3,23 +3,20 @@
 import base64
 import pathlib
 
-import nbclient
 import nbformat
 import pytest
 
 from intellect3.lab import ring
 from tests.lab import ring_house
+from tools import notebooks
 
 NOTEBOOK = pathlib.Path(__file__).resolve().parents[2] / "notebooks" / "off_policy_ring.ipynb"
 
 
-def execute(parameters, **arguments):
+def execute(parameters):
   """The notebook's cells after a run with other parameters."""
   notebook = nbformat.read(NOTEBOOK, as_version=4)
-  (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-  cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-  resources = {"metadata": {"path": str(NOTEBOOK.parents[1])}}
-  nbclient.NotebookClient(notebook, resources=resources, timeout=300, **arguments).execute()
+  notebooks.execute(notebook, parameters)
   return notebook.cells
 
 
@@ -49,7 +46,6 @@ def test_its_own_parameters_are_the_sweeps(tmp_path):
   exec(cell.source, parameters)
   assert tuple(parameters["losses"]) == ring.LOSSES and tuple(parameters["lags"]) == ring.LAGS
   assert tuple(parameters["seeds"]) == ring.SEEDS and parameters["steps"] == ring.STEPS
-  assert all(not c.get("outputs") and not c.get("execution_count") for c in notebook.cells)
 
 
 @pytest.mark.slow
