@@ -70,9 +70,9 @@ def trainer(
     head_chunk_size: tokens per chunk of the vocabulary head.
     router_bias_rate: step of the routers' correction bias against an uneven load of the experts
       (`training.router_bias`; DeepSeek-V3 took 0.001); 0 leaves the bias frozen.
-    decoupled: whether a loss that takes `old_logprobs` gets those of the weights before the step,
-      so that its ratio splits into a clipped one and a correction of staleness. With one update a
-      batch the clipped ratio is 1 (`training.step.make_gradient_fn`).
+    decoupled: whether a loss that takes `old_logprobs` gets those of the weights before the step.
+      With one update a batch the ratio against them is 1, a clip of it never binds, and only losses
+      with a second weight go on correcting staleness (`training.step.make_gradient_fn`).
     reference_path: Hugging Face directory of a frozen model that scores every batch, for a loss
       that reads `ref_logprobs`: the initial weights, or a teacher of any family and size with the
       policy's vocabulary. Its routers choose for themselves. It lies on the devices beside the
@@ -314,6 +314,7 @@ def _batch_metrics(batch: Any) -> dict[str, float]:
     "rows": float(batch.tokens.shape[0]),
     "tokens": float(tokens),
     "loss_tokens": float(batch.loss_tokens),
+    "loss_sequences": float(batch.loss_sequences),
     "padding_share": 1.0 - tokens / batch.tokens.size,
     "token_staleness_mean": float(staleness.mean()) if staleness.size else 0.0,
     "token_staleness_max": float(staleness.max(initial=0)),

@@ -178,10 +178,11 @@ def make_gradient_fn(
     micro_rows: rows per micro-batch.
     head_chunk_size: tokens per chunk of the vocabulary head.
     decoupled: whether the loss gets `old_logprobs`, those of the parameters that the step starts
-      from. With one update a batch they are the logprobs themselves, as constants: the ratio that a
-      decoupled loss clips is 1 and never leaves its bounds, and what remains of the loss is the
-      correction from the policy that sampled to the one before the step. Without, that ratio is the
-      one to the policy that sampled.
+      from. With one update a batch they are the logprobs themselves, as constants: the ratio
+      against them is 1 and never leaves its bounds. In `clipped_loss` and
+      `truncated_importance_loss` the weight of the way from the policy that sampled remains;
+      `cispo_loss` and `sequence_ratio_loss` have no other ratio, so nothing corrects staleness.
+      Without, the old policy is the one that sampled.
 
   Returns:
     The function. Gradients are those of the loss over the whole batch, in the parameters' dtype;
