@@ -58,8 +58,8 @@ def token_mean(
     values: floating [B, T]; what stands where the mask is False never matters.
     mask: bool [B, T].
     segment_ids: not read.
-    denominator: scalar, the masked tokens of the whole batch; None counts those of this call (at
-      least 1), over `axis_name` too.
+    denominator: scalar, the masked tokens of the whole batch; None counts those of this call, over
+      `axis_name` too. 0 is taken for 1.
     num_sequences: not read.
     axis_name: mesh axes over which rows are split inside `shard_map`: sums cross them. With a
       denominator it may be left out; the results are then this shard's share of the sum. Where the
@@ -115,10 +115,10 @@ def sequence_mean(
   if num_sequences is None:
     require_axis(mask, axis_name)
     shares = masked(jnp.ones(mask.shape, values.dtype), mask) / lengths
-    num_sequences = jnp.maximum(total(shares, axis_name), 1)
+    num_sequences = total(shares, axis_name)
   else:
     checks.scalar("num_sequences", num_sequences)
-  return total(masked(values, mask) / lengths, axis_name) / num_sequences
+  return total(masked(values, mask) / lengths, axis_name) / _or_one(num_sequences)
 
 
 def constant(
@@ -192,12 +192,19 @@ def token_count(
   denominator: jax.typing.ArrayLike | None = None,
   axis_name: AxisName | None = None,
 ) -> jax.Array:
-  """The given denominator, or the number of masked tokens (at least 1), over `axis_name` too."""
+  """The given denominator, or the number of masked tokens, over `axis_name` too; 1 for 0.
+
+  So that a batch, or a term, without tokens comes to 0 and not to 0 / 0.
+  """
   if denominator is None:
     require_axis(mask, axis_name)
-    return jnp.maximum(total(mask.astype(jnp.float32), axis_name), 1)
+    return _or_one(total(mask.astype(jnp.float32), axis_name))
   checks.scalar("denominator", denominator)
-  return jnp.asarray(denominator)
+  return _or_one(denominator)
+
+
+def _or_one(count: jax.typing.ArrayLike) -> jax.Array:
+  return jnp.where(jnp.equal(count, 0), 1, count)
 
 
 def require_axis(mask: jax.Array, axis_name: AxisName | None) -> None:

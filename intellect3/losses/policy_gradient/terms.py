@@ -114,7 +114,8 @@ def prepare(
       order, 0 for padding, which is never trained on; None means one trajectory a row. An id
       outside [0, T] makes the loss NaN.
     denominator: scalar, the loss-masked tokens of the whole batch over all micro-batches and
-      shards; None takes this call's own. Loss and metrics are divided by it and simply add up.
+      shards; None takes this call's own. Loss and metrics are divided by it and simply add up; 0 is
+      taken for 1.
     num_sequences: scalar, the trajectories with a loss-masked token in the whole batch; only
       `aggregation.sequence_mean` reads it.
     aggregate: how tokens become the loss: of `aggregation`. Metrics are always token means.
