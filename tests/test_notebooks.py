@@ -2,8 +2,6 @@
 
 import base64
 import pathlib
-import subprocess
-import sys
 
 import nbformat
 import pytest
@@ -68,10 +66,14 @@ def test_the_bandit_notebook_runs():
   notebooks.execute(notebook, SMALL)
   pictures = [base64.b64decode(picture) for picture in shown(notebook, "image/png")]
   assert len(pictures) == 11 and all(len(picture) > 8000 for picture in pictures)
-  facts, finals, failed = shown(notebook, "text/markdown")
+  facts, bias, finals, by_rate, failed, _ = shown(notebook, "text/markdown")
   assert facts == "2 prompts, 16 trajectories of 3 tokens, 6 weights"
   rows = finals.splitlines()
   assert rows[0] == "| final return \\ staleness | 0 | 2 |" and len(rows) == 4
+  # On-policy nothing is biased, and the reference never is.
+  assert bias.splitlines()[2].startswith("| masked_importance | 0.00 ± 0.00 |")
+  assert bias.splitlines()[3] == "| trajectory ratio (reference) | 0.00 ± 0.00 | 0.00 ± 0.00 |"
+  assert by_rate.splitlines()[0] == "| return at staleness 2 \\ rate | 0.3 |"
   assert failed.splitlines()[0] == "| failed seeds \\ staleness | 0 | 2 |"
   assert BANDIT.stem in (page := notebooks.render(notebook, BANDIT.stem)) and "<img" in page
 
@@ -94,15 +96,13 @@ def test_parameters_that_cannot_be_set_raise(notebook, message):
     notebooks.execute(notebook, {"size": 7})
 
 
-def test_the_command_writes_pages_and_stops_where_a_cell_raises(tmp_path):
+def test_the_command_writes_pages_and_stops_where_a_cell_raises(tmp_path, capsys):
   for name, last in (("good", "size"), ("bad", "1 / (size - 5)")):
     nbformat.write(make(("size = 1", ["parameters"]), (last, [])), tmp_path / f"{name}.ipynb")
-  command = [sys.executable, "-m", "tools.notebooks", "--out", str(tmp_path / "out")]
   files = [str(tmp_path / f"{name}.ipynb") for name in ("good", "bad")]
-  result = subprocess.run(
-    [*command, *files, "--set", "size=5"], cwd=ROOT, capture_output=True, text=True, timeout=120
-  )
-  assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
-  assert "good.html" in result.stdout and "bad" not in result.stdout
+  result = notebooks.main(["--out", str(tmp_path / "out"), *files, "--set", "size=5"])
+  told = capsys.readouterr()
+  assert result == 1 and "ZeroDivisionError" in told.err
+  assert "good.html" in told.out and "bad" not in told.out
   assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.html"]
   assert not any(cell.outputs for cell in code(read(tmp_path / "good.ipynb")))

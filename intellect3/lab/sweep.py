@@ -96,6 +96,13 @@ def series(
   return statistics.by_staleness(points(values, places))
 
 
+def counts(
+  values: Mapping[str, np.ndarray], places: Sequence[float]
+) -> dict[str, statistics.Series]:
+  """How many seeds are true, of bool arrays [K, S] by loss: lines without intervals."""
+  return {loss: statistics.exact(places, np.sum(array, axis=1)) for loss, array in values.items()}
+
+
 def means(values: Mapping[str, np.ndarray]) -> np.ndarray:
   """The means over seeds of arrays [K, S] by loss, [loss, K]."""
   return np.stack([np.asarray(values_KS).mean(axis=1) for values_KS in values.values()])

@@ -140,6 +140,8 @@ def test_lines_of_a_sweep():
   assert lines["a"].mean.tolist() == [2, 5] and lines["a"].x.tolist() == [0, 4]
   assert sweep.means(values).tolist() == [[2, 5], [0, 0.2]]
   assert sweep.collapsed(values, 0.4)["b"].tolist() == [[True, True], [True, False]]
+  counted = sweep.counts(sweep.collapsed(values, 0.4), [0, 4])
+  assert counted["b"].mean.tolist() == [2, 1] and counted["a"].mean.tolist() == [0, 0]
   turned = sweep.beside({"new": lines, "old": lines})
   assert list(turned) == ["a", "b"] and list(turned["b"]) == ["new", "old"]
   assert turned["b"]["old"] is lines["b"]
