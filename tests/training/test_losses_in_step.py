@@ -45,6 +45,15 @@ LOSSES = {
   "penalty_loss": kl.penalty_loss,
   "supervised": step.supervised(supervised.negative_log_likelihood),
 }
+QUICK = (
+  "masked_importance_loss",
+  "probability_difference_loss",
+  "sequence_mean",
+  "mixed",
+  "reverse_kl_loss",
+  "supervised",
+)
+"""One of every way of asking for inputs; the others are in the slow suite."""
 DECOUPLED = {
   "clipped_loss": functools.partial(PG.clipped_loss, behaviour_ratio_max=1.1),
   "truncated_importance_loss": functools.partial(PG.truncated_importance_loss, ratio_max=1.1),
@@ -151,7 +160,10 @@ def gradients(loss_fn, **options):
   return jax.jit(fn)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+  "name",
+  [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES],
+)
 def test_the_gradient_in_micro_batches_is_that_of_the_whole(params, forward, name):
   logprobs, pull = forward
   (value, metrics), gradient = expected(LOSSES[name], name, logprobs)
@@ -159,7 +171,10 @@ def test_the_gradient_in_micro_batches_is_that_of_the_whole(params, forward, nam
   assert_same(found, value, metrics, pull(gradient))
 
 
-@pytest.mark.parametrize("name", DECOUPLED)
+@pytest.mark.parametrize(
+  "name",
+  ["truncated_importance_loss", pytest.param("clipped_loss", marks=pytest.mark.slow)],
+)
 def test_decoupled_the_old_policy_is_the_one_before_the_step(params, forward, name):
   logprobs, pull = forward
   loss_fn = DECOUPLED[name]
@@ -174,7 +189,11 @@ def test_decoupled_the_old_policy_is_the_one_before_the_step(params, forward, na
 
 
 @pytest.mark.parametrize(
-  "plan", [((0, 1), (2, 3, 4), (5, 6), (8, 9, 7)), ((9, 8), (7, 6, 5), (4, 3, 2), (1, 0))]
+  "plan",
+  [
+    ((0, 1), (2, 3, 4), (5, 6), (8, 9, 7)),
+    pytest.param(((9, 8), (7, 6, 5), (4, 3, 2), (1, 0)), marks=pytest.mark.slow),
+  ],
 )
 def test_weights_and_sequences_do_not_depend_on_the_packing(params, plan):
   """Rows of other trajectories, and other micro-batches with them."""
