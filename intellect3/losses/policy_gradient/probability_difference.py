@@ -32,8 +32,9 @@ def probability_difference_loss(
   DPPO, arXiv 2602.04879: a ratio says little of how far a policy moved; a rare token's ratio is
   large after a move of no consequence, a frequent one's small after a large one. The mask is
   one-sided, as PPO's clip is: only steps that lead farther away are masked. The penalty, of Kimi
-  K2.5 (arXiv 2602.02276), is on all loss-masked tokens, also those masked here. prime-rl's default
-  until it returned to IPO (`dppo_mask_low`, `dppo_mask_high`, `kl_tau`; docs/algorithms.md). Deviation: r is at most e^20, and has no gradient there.
+  K2.5 (arXiv 2602.02276), is on all loss-masked tokens, also those masked here. prime-rl had it as
+  its default (`dppo_mask_low`, `dppo_mask_high`, `kl_tau`) until it returned to IPO, whose mask is
+  blind to the sign (docs/algorithms.md). Deviation: r is at most e^20, and has no gradient there.
 
   Args:
     difference_low: how far the probability may fall where A <= 0, >= 0.
