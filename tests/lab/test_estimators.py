@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from intellect3.lab import corrections, estimators, mismatch, policy, training
+from intellect3.losses import policy_gradient
 
 PROBLEM = policy.make_problem(prompts=2, vocabulary=3, length=2, features=3, solved_share=0.3)
 RANDOM = np.random.default_rng(0)
@@ -50,7 +51,10 @@ def exact_gradient():
 
 
 def oracle(token_weights):
-  """The estimate of a loss that weights tokens by `token_weights(ratios_T)`, in float64."""
+  """The estimate of a loss that weights tokens by `token_weights`, in float64.
+
+  It is called with the ratios of the tokens, their logprobs and the advantage.
+  """
   behaviour = [walk(BEHAVIOUR, p, s)[0] for p, s, _ in trajectories()]
   chance = np.exp([logprobs.sum() for logprobs in behaviour]) / 2
   rewards = np.array([reward for _, _, reward in trajectories()])
@@ -58,8 +62,8 @@ def oracle(token_weights):
   updates, weights, kept = [], [], []
   for (prompt, tokens, reward), inference_logprobs in zip(trajectories(), behaviour, strict=True):
     logprobs, gradients = walk(TARGET, prompt, tokens)
-    weight = token_weights(np.exp(logprobs - inference_logprobs))
     advantage = reward - baseline[prompt]
+    weight = token_weights(np.exp(logprobs - inference_logprobs), logprobs, advantage)
     updates.append(np.einsum("t,tdv->dv", weight, gradients) * advantage / 2)
     weights.append(weight)
     kept.append(np.mean(weight == 0))
@@ -85,10 +89,10 @@ def estimate(name):
 
 
 RULES = {
-  "reinforce": np.ones_like,
-  "masked_importance": lambda r: np.where((r < 0.5) | (r > 5), 0, r),
-  "truncated_importance": lambda r: np.minimum(r, 2),
-  corrections.REFERENCE: lambda r: np.full_like(r, np.prod(r)),
+  "reinforce": lambda r, *_: np.ones_like(r),
+  "masked_importance": lambda r, *_: np.where((r < 0.5) | (r > 5), 0, r),
+  "truncated_importance": lambda r, *_: np.minimum(r, 2),
+  corrections.REFERENCE: lambda r, *_: np.full_like(r, np.prod(r)),
 }
 
 
@@ -113,16 +117,19 @@ def test_on_policy_none_is_biased(name):
   np.testing.assert_allclose([got.cosine, got.norm, got.effective_sample_share], 1, rtol=1e-4)
 
 
+def kept_by_difference(ratios, logprobs, advantage):
+  difference = np.exp(logprobs) - np.exp(logprobs) / ratios
+  return np.where(difference > 0.2 if advantage > 0 else difference < -0.2, 0, ratios)
+
+
 def test_a_penalty_is_no_weight():
   # The squared log ratio of DPPO pulls at tokens whatever their advantage.
-  weights = estimate("probability_difference").effective_sample_share
-  assert 0 < weights <= 1
-  ratios = []
-  for prompt, tokens, _ in trajectories():
-    behaviour = walk(BEHAVIOUR, prompt, tokens)[0]
-    ratios.append(np.exp(walk(TARGET, prompt, tokens)[0] - behaviour))
-  assert np.ptp(ratios) > 1  # so the weights are not all 1 either
-  assert weights < 0.98
+  loss_fn = functools.partial(policy_gradient.probability_difference_loss, kl_tau=1.0)
+  got = estimators.estimate(PROBLEM, loss_fn, TARGET, policy.logits(PROBLEM, BEHAVIOUR))
+  want = oracle(kept_by_difference)
+  for field in ("effective_sample_share", "masked_share"):
+    np.testing.assert_allclose(getattr(got, field), want[field], rtol=2e-4)
+  assert want["masked_share"] > 0.02 and abs(got.bias - want["bias"]) > 0.01
 
 
 def test_the_exact_gradient_by_finite_differences():
