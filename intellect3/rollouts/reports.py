@@ -60,7 +60,7 @@ class Window:
       **{key: float(count) for key, count in scheduler.accounting.counts().items()},
       **{f"ended/{key}": float(n) for key, n in scheduler.accounting.reasons().items()},
       **{f"pool/{key}": float(n) for key, n in scheduler.pool_counts().items()},
-      **scheduler.credit_metrics(),
+      **scheduler.credit_metrics([summary.rollout_id for summary in scored]),
       **_stale_by_length(scheduler.take_ended_lengths()),
       "reprefilled_tokens/continued": float(sum(s.reprefilled_tokens for s in self._finished)),
       **servers,

@@ -126,7 +126,7 @@ class Scheduler:
     self._pool_updates: list[tuple[int, str, int, float]] = []
     self._baselines: credit_lib.Baselines = {}
     self._rewards: dict[int, list[tuple[str, float]]] = {}  # group -> (agent, shaped reward)
-    self._credit_row: dict[str, float] = {}
+    self._shaped: dict[int, float] = {}  # rollout -> reshaped reward, until it is told
     self._forget: list[int] = []
     self._ended_lengths: list[tuple[int, str]] = []
 
@@ -217,6 +217,8 @@ class Scheduler:
     if group.baselines is None:
       group.baselines = self._baselines
     group.result = filters.evaluate_group(summaries, self._filters, self._credit, group.baselines)
+    if self._credit.reward_fn is not None:
+      self._shaped.update(group.result.rewards)
     if not group.credited:
       self._rewards[group.group_id] = [
         (credit_lib.agent_of(s.environment, s.agent), group.result.rewards[s.rollout_id])
@@ -314,9 +316,6 @@ class Scheduler:
     self._rewards.clear()
     rewards = np.array([reward for _, reward in pairs], np.float64)
     self._baselines = self._credit.moved(self._baselines, rewards, [agent for agent, _ in pairs])
-    self._credit_row = {f"baseline/{agent}": value for agent, value in self._baselines.items()}
-    if self._credit.reward_fn is not None and pairs:
-      self._credit_row["shaped_reward"] = float(rewards.mean())
 
   def cancel_all(self, reason: str) -> list[int]:
     """Ends everything in flight as cancelled; returns the ids to be stopped."""
@@ -339,9 +338,11 @@ class Scheduler:
     ended, self._ended_lengths = self._ended_lengths, []
     return ended
 
-  def credit_metrics(self) -> Mapping[str, float]:
-    """At the last commit: the baselines by agent, and the mean of reshaped rewards."""
-    return self._credit_row
+  def credit_metrics(self, rollout_ids: Sequence[int]) -> Mapping[str, float]:
+    """The baselines by agent, and the mean reshaped reward of these rollouts; told once of each."""
+    row = {f"baseline/{agent}": value for agent, value in self._baselines.items()}
+    shaped = [self._shaped.pop(key) for key in rollout_ids if key in self._shaped]
+    return {**row, "shaped_reward": float(np.mean(shaped))} if shaped else row
 
   def is_open_group(self, group_id: int) -> bool:
     """Whether a group still runs or waits to be batched."""

@@ -42,7 +42,7 @@ def test_baselines_move_at_the_commit_and_later_groups_are_compared_with_them():
   # Nobody had a baseline: each against the mean of the two others.
   assert plan.advantages == pytest.approx({0: -1, 1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5, 5: -1})
   assert machine.state()["baselines"] == pytest.approx({"words": 4 / 6})
-  assert machine.credit_metrics() == pytest.approx({"baseline/words": 4 / 6})
+  assert machine.credit_metrics([0, 1]) == pytest.approx({"baseline/words": 4 / 6})
   machine.weights(1)
   finish(machine, third, [0.0, 0.0, 1.0])
   finish(machine, fourth, [1.0, 1.0, 1.0])  # above the baseline: no zero advantage
@@ -56,15 +56,10 @@ def test_baselines_move_at_the_commit_and_later_groups_are_compared_with_them():
 
 def test_who_finished_first_changes_no_bit():
   rewards = {0: [0.3, 0.1, 0.9], 1: [0.7, 0.6, 0.2]}
-  # A mean in another order has other bits.
-  assert np.mean(rewards[0] + rewards[1]) != np.mean(rewards[1] + rewards[0])
-  chosen = credit.Credit(
-    advantage_fn=MOVING.advantage_fn, reward_fn=lambda rewards, lengths: rewards
-  )
   states = []
   for order in ([0, 1], [1, 0]):
     for samples in ([0, 1, 2], [2, 0, 1]):
-      machine = make_scheduler(credit=chosen)
+      machine = make_scheduler(credit=MOVING)
       machine.weights(0)
       groups = by_group(machine.dispatch())
       for index in order:
@@ -72,7 +67,7 @@ def test_who_finished_first_changes_no_bit():
           summary = make_summary(groups[index][sample], reward=rewards[index][sample])
           machine.finished(summary)
       commit(machine)
-      states.append((machine.state()["baselines"], machine.credit_metrics()))
+      states.append(machine.state()["baselines"])
   assert all(state == states[0] for state in states)
 
 
@@ -132,7 +127,9 @@ def test_filtered_groups_and_reshaped_rewards_move_baselines_and_pools_keep_the_
   plan = commit(machine)
   assert plan.advantages == pytest.approx({3: 0.5, 4: -0.25, 5: -0.25})
   mean = (3 * 0.25 + 0.5) / 6
-  assert machine.credit_metrics() == pytest.approx({"baseline/words": mean, "shaped_reward": mean})
+  row = machine.credit_metrics(range(6))
+  assert row == pytest.approx({"baseline/words": mean, "shaped_reward": mean})
+  assert machine.credit_metrics(range(6)) == pytest.approx({"baseline/words": mean})  # told once
   result = filters.evaluate_group(
     [make_summary(second[0], reward=1.0, sampled_tokens=2)], filters.Filters(), halved, {}
   )
@@ -229,6 +226,21 @@ def test_a_tasks_agent_reaches_the_baselines(tmp_path):
   asyncio.run(world.run())
   names = set(manifests(world)[0].scheduler_state["baselines"])
   assert names == {"coin/heads", "coin/tails", "coin"}
+
+
+def test_the_shaped_reward_is_told_of_the_rollouts_that_the_reward_is_told_of(tmp_path):
+  tenth = credit.Credit(reward_fn=lambda rewards, lengths: rewards / 10 - lengths)
+  world = World(tmp_path, steps=4, credit=tenth)
+  asyncio.run(world.run())
+  for row in world.rows.values():
+    assert row["shaped_reward"] == pytest.approx(row["reward"] / 10 - 4)
+  assert not any("shaped_reward" in row for row in ran_plain(tmp_path / "plain").values())
+
+
+def ran_plain(path):
+  world = World(path, steps=1)
+  asyncio.run(world.run())
+  return world.rows
 
 
 def test_an_advantage_function_that_fails_ends_the_run(tmp_path):
