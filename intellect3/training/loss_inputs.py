@@ -63,10 +63,7 @@ def select(names: Collection[str], available: Mapping[str, Any]) -> dict[str, An
 
 
 def counts(batch: Any) -> dict[str, Any]:
-  """A batch's global counts as a loss takes them, `denominator` among them; float32 scalars.
-
-  A term of which a step has no token is 0 and not 0 / 0, so its denominator is at least 1.
-  """
+  """A batch's global counts as a loss takes them, `denominator` among them; float32 scalars."""
   denominator = batch.loss_tokens.astype(jnp.float32)
   each = batch.component_denominators
   if each is None:
@@ -74,7 +71,7 @@ def counts(batch: Any) -> dict[str, Any]:
   return {
     "denominator": denominator,
     "num_sequences": batch.loss_sequences.astype(jnp.float32),
-    "component_denominators": jax.tree.map(lambda count: jnp.maximum(count, 1.0), each),
+    "component_denominators": each,
   }
 
 

@@ -109,7 +109,8 @@ def write_inputs(directory: pathlib.Path, size: Size, seed: int) -> dict[str, An
   params = jax.device_get(transformer.init(config, jax.random.key(seed)))
   hf.save(directory / "model", config, params)
   batch = packed_batch(size, config.vocab_size, seed)
-  np.savez(directory / "batch.npz", allow_pickle=False, **batch)
+  arrays = {name: array for name, array in batch.items() if isinstance(array, np.ndarray)}
+  np.savez(directory / "batch.npz", allow_pickle=False, **arrays)
   return {
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     "rows": size.rows,
