@@ -43,14 +43,14 @@ def test_a_loss_gets_what_it_declared_and_what_is_there():
   assert loss_inputs.select({"num_sequences", "ref_logprobs"}, available) == {"num_sequences": 3}
 
 
-def test_counts_are_the_batchs_own_and_at_least_one_where_they_divide_a_term():
+def test_counts_are_the_batchs_own():
   batch = pack(records([5, 4, 3]), ((0, 1), (2,)), row_length=9, row_count=2)
   found = loss_inputs.counts(batch)
   assert found["denominator"] == 3 + 2 + 1 and found["num_sequences"] == 3
   assert found["component_denominators"] == components.Denominators(6, 6, 6)
-  none = components.Denominators(*(np.float32(count) for count in (4, 0, 6)))
-  found = loss_inputs.counts(batch._replace(component_denominators=none))
-  assert found["component_denominators"] == components.Denominators(4, 1, 6)
+  each = components.Denominators(*(np.float32(count) for count in (4, 0, 6)))
+  found = loss_inputs.counts(batch._replace(component_denominators=each))
+  assert found["component_denominators"] == each
 
 
 @pytest.mark.parametrize(
