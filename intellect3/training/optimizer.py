@@ -6,7 +6,6 @@ bias (`e_score_correction_bias`) is frozen: no gradient, no decay, no optimizer 
 no part in the gradient's norm.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,33 +13,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from intellect3.training import muon as directions
 from intellect3.training import schedule
 from intellect3.training.schedule import Schedule
 
 Path = Sequence[Any]
 Role = Literal["matrix", "table", "router", "vector", "frozen"]
 
-ROLES: dict[tuple[str, ...], tuple[Role, tuple[int, ...]]] = {
-  ("embedding",): ("table", ()),
-  ("head",): ("table", ()),
-  ("scale",): ("vector", ()),
-  ("bias",): ("vector", ()),
-  ("correction_bias",): ("frozen", ()),
-  ("router", "kernel"): ("router", ()),
-  ("q", "kernel"): ("matrix", (-3,)),  # [embed, heads, head_dim]
-  ("k", "kernel"): ("matrix", (-3,)),
-  ("v", "kernel"): ("matrix", (-3,)),
-  ("o", "kernel"): ("matrix", (-3, -2)),  # [heads, head_dim, embed]
-  ("gate", "kernel"): ("matrix", (-2,)),
-  ("up", "kernel"): ("matrix", (-2,)),
-  ("down", "kernel"): ("matrix", (-2,)),
-  ("experts", "gate"): ("matrix", (-2,)),
-  ("experts", "up"): ("matrix", (-2,)),
-  ("experts", "down"): ("matrix", (-2,)),
+ROLES: dict[tuple[str, ...], Role] = {
+  ("embedding",): "table",
+  ("head",): "table",
+  ("scale",): "vector",
+  ("bias",): "vector",
+  ("correction_bias",): "frozen",
+  ("router", "kernel"): "router",
+  **dict.fromkeys(directions.MATRICES, "matrix"),
 }
-"""The last names of a parameter's path (two before one) -> its role and, of a matrix, its input
-axes from the end; the axes after the first of them that are no inputs are outputs, those before it
-stacks (layers, experts)."""
+"""The last names of a parameter's path (two before one) -> its role."""
 
 
 class Optimizer(NamedTuple):
@@ -101,6 +90,7 @@ def muon(
   learning_rate: float | Schedule,
   momentum: float = 0.95,
   newton_schulz_steps: int = 5,
+  newton_schulz_dtype: str | None = None,
   consistent_rms: float = 0.2,
   adam_learning_rate: float | Schedule | None = None,
   b1: float = 0.9,
@@ -111,9 +101,10 @@ def muon(
 ) -> Optimizer:
   """Muon on the hidden matrices, AdamW on embedding, head, router, norms and biases.
 
-  Muon: Jordan et al., 2024, with Nesterov momentum and five Newton-Schulz steps
-  (`optax.contrib.scale_by_muon`). Every matrix of a stack `[layers, ...]` or
-  `[layers, experts, ...]` is orthogonalised on its own; heads and head_dim count as one dimension.
+  Muon: Jordan et al., 2024, with Nesterov momentum and five Newton-Schulz steps. Every matrix of a
+  stack `[layers, ...]` or `[layers, experts, ...]` is orthogonalised on its own; heads and head_dim
+  count as one dimension. Where the parameters are sharded, `training.muon` brings whole matrices to
+  devices and shares the work out.
   Updates are scaled by `consistent_rms * sqrt(max(fan_in, fan_out))` so that a learning rate found
   for AdamW fits (Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982).
 
@@ -121,6 +112,8 @@ def muon(
     learning_rate: of Muon, a number or a schedule.
     momentum: decay of Muon's momentum.
     newton_schulz_steps: steps of the orthogonalisation.
+    newton_schulz_dtype: in which matrices are orthogonalised, and travel for it: float32 or
+      bfloat16; None takes float32 on CPUs and bfloat16 elsewhere.
     consistent_rms: root mean square of an update at learning rate 1.
     adam_learning_rate: of AdamW; None takes `learning_rate`.
     b1: AdamW's decay of the first moment.
@@ -143,17 +136,22 @@ def muon(
   _check_range("momentum", momentum, 0.0, 1.0)
   if newton_schulz_steps < 1:
     raise ValueError(f"newton_schulz_steps: expected at least 1, got {newton_schulz_steps}")
+  if newton_schulz_dtype not in (None, *directions.DTYPES):
+    raise ValueError(
+      f"newton_schulz_dtype: expected None or one of {directions.DTYPES}, "
+      f"got {newton_schulz_dtype!r}"
+    )
   if not consistent_rms > 0.0:
     raise ValueError(f"consistent_rms: expected more than 0, got {consistent_rms}")
   update = optax.partition(
     {
       "muon": optax.chain(
-        optax.contrib.scale_by_muon(
-          ns_steps=newton_schulz_steps,
-          beta=momentum,
-          weight_dimension_numbers=_dimension_numbers,
+        directions.scale_by_muon(
+          momentum=momentum,
+          steps=newton_schulz_steps,
+          consistent_rms=consistent_rms,
+          dtype=newton_schulz_dtype,
         ),
-        _scale_by_fans(consistent_rms),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
       ),
@@ -178,7 +176,12 @@ def role(path: Path) -> Role:
   Raises:
     ValueError: a name that `ROLES` does not know.
   """
-  return _matched(path)[0]
+  names = directions.names(path)
+  for length in (2, 1):
+    found = ROLES.get(names[-length:])
+    if found is not None:
+      return found
+  raise ValueError(f"params: expected a name that training.optimizer knows, got {'/'.join(names)}")
 
 
 def without_frozen(tree: Any) -> Any:
@@ -188,38 +191,8 @@ def without_frozen(tree: Any) -> Any:
   )
 
 
-def _matched(path: Path) -> tuple[Role, tuple[int, ...]]:
-  names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-  for length in (2, 1):
-    found = ROLES.get(names[-length:])
-    if found is not None:
-      return found
-  raise ValueError(f"params: expected a name that training.optimizer knows, got {'/'.join(names)}")
-
-
 def _labels(params: Any, labels: dict[str, str], otherwise: str) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: labels.get(role(path), otherwise), params)
-
-
-def _dimension_numbers(params: Any) -> Any:
-  """Muon's dimensions of each matrix; `params` holds matrices only (others are masked)."""
-
-  def numbers(path: Path, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-    inputs = _matched(path)[1]
-    outputs = tuple(axis for axis in range(min(inputs), 0) if axis not in inputs)
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
-
-  return jax.tree_util.tree_map_with_path(numbers, params)
-
-
-def _scale_by_fans(consistent_rms: float) -> optax.GradientTransformation:
-  def scale(path: Path, leaf: jax.Array) -> jax.Array:
-    inputs = _matched(path)[1]
-    fan_in = math.prod(leaf.shape[axis] for axis in inputs)
-    fan_out = math.prod(leaf.shape[min(inputs) :]) // fan_in
-    return leaf * (consistent_rms * math.sqrt(max(fan_in, fan_out)))
-
-  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def _clipped(

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from intellect3.models import presets, transformer
-from intellect3.training import optimizer, schedule
+from intellect3.training import muon, optimizer, schedule
 
 CONFIG = presets.tiny(embed_dim=8, head_dim=4, mlp_dim=12, expert_mlp_dim=6, vocab_size=32)
 
@@ -62,20 +62,9 @@ def test_roles_agree_with_the_logical_axes(config):
       expected = "vector"
     assert optimizer.role(path) == expected, _path(path)
     if expected == "matrix":
-      numbers = optimizer._dimension_numbers(shapes_of(path, shape))
-      numbers = jax.tree.leaves(numbers, is_leaf=lambda x: hasattr(x, "reduction_axis"))[0]
-      reduced = [axis_names[axis] for axis in numbers.reduction_axis]
-      output = [axis_names[axis] for axis in numbers.output_axis]
-      assert reduced + output == inner
-      assert ["embed"] in (reduced, output)
-
-
-def shapes_of(path, shape):
-  """A tree with the one leaf at its path."""
-  tree = shape
-  for key in reversed(path):
-    tree = {key.key: tree}
-  return tree
+      matrix = muon.MATRICES[path[-2].key, path[-1].key]
+      assert muon.logical_axes(matrix, len(shape.shape)) == axis_names
+      assert ("embed",) in (matrix.inputs, matrix.outputs)
 
 
 def test_an_unknown_name_is_an_error():
@@ -202,6 +191,7 @@ def test_bad_values_are_named(make, field, value):
   [
     ("momentum", 1.0),
     ("newton_schulz_steps", 0),
+    ("newton_schulz_dtype", "float16"),
     ("consistent_rms", 0.0),
     ("adam_learning_rate", -1.0),
   ],

@@ -1,0 +1,130 @@
+"""Run by test_muon in a process of its own: Muon over eight fake devices, in every layout.
+
+For each: the updates of optax on one device, momentum that lies as the parameters do, and the
+collectives of the compiled program.
+"""
+
+import functools
+import itertools
+import os
+import re
+
+os.environ["XLA_FLAGS"] = (
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from intellect3.sharding import mesh as meshes
+from intellect3.sharding import rules, specs
+from intellect3.training import muon, optimizer
+
+SHAPES = {
+  "attention": {"q": {"kernel": (3, 16, 8, 4)}, "o": {"kernel": (3, 8, 4, 16)}},
+  "mlp": {"down": {"kernel": (24, 16)}},
+  "experts": {"gate": (3, 8, 16, 24)},
+}
+AXES = {
+  "attention": {
+    "q": {"kernel": ("layers", "embed", "heads", "head_dim")},
+    "o": {"kernel": ("layers", "heads", "head_dim", "embed")},
+  },
+  "mlp": {"down": {"kernel": ("mlp", "embed")}},
+  "experts": {"gate": ("layers", "experts", "embed", "mlp")},
+}
+DECAY, RATE = 0.1, 0.02
+
+
+def given(seed):
+  rng = np.random.default_rng(seed)
+  make = lambda shape: np.float32(rng.normal(size=shape))  # noqa: E731
+  return jax.tree.map(make, SHAPES, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def two_updates(made):
+  def run(params, grads, state):
+    _, state = made.update(grads, state, params)
+    return made.update(jax.tree.map(lambda g: jnp.cos(3 * g), grads), state, params)
+
+  return run
+
+
+def of_optax(params, grads):
+  """Stock Muon on one device."""
+  numbers = {
+    "attention": {
+      "q": {"kernel": optax.contrib.MuonDimensionNumbers(1, (2, 3))},
+      "o": {"kernel": optax.contrib.MuonDimensionNumbers((1, 2), 3)},
+    },
+    "mlp": {"down": {"kernel": optax.contrib.MuonDimensionNumbers(0, 1)}},
+    "experts": {"gate": optax.contrib.MuonDimensionNumbers(2, 3)},
+  }
+  stock = optax.contrib.muon(
+    RATE, weight_decay=DECAY, consistent_rms=0.2, muon_weight_dimension_numbers=numbers
+  )
+  return jax.jit(two_updates(stock))(params, grads, stock.init(params))[0]
+
+
+def layouts():
+  for fsdp, expert, tensor in itertools.product((1, 2, 4, 8), repeat=3):
+    if fsdp * expert * tensor == 8:
+      yield {"fsdp": fsdp, "expert": expert, "tensor": tensor}
+  yield {"data": 2, "fsdp": 4}
+  yield {"data": 2, "context": 2, "tensor": 2}
+  yield {"data": 8}
+
+
+def main():
+  params, grads = given(0), given(1)
+  expected = of_optax(params, grads)
+  made = optimizer.muon(learning_rate=RATE, weight_decay=DECAY, clip_norm=None)
+  run = two_updates(made)
+  shapes = jax.eval_shape(lambda: params)
+  for number, sizes in enumerate(layouts()):
+    muon.ROUND_BYTES = (64 * 2**20, 3000)[number % 2]  # all at once, or one matrix or two a round
+    mesh = meshes.make_mesh(**sizes)
+    shardings = specs.tree_shardings(AXES, shapes, mesh, rules.TRAIN_FSDP)
+    placed = jax.device_put((params, grads), (shardings, shardings))
+
+    @jax.jit
+    def scoped(params, grads):
+      with nn.logical_axis_rules(rules.TRAIN_FSDP):
+        return run(params, grads, made.init(params))
+
+    with jax.set_mesh(mesh):
+      compiled = scoped.lower(*placed).compile()
+      updates, state = compiled(*placed)
+    jax.tree.map(functools.partial(close, sizes), updates, expected)
+    momentum = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 1]
+    assert len(momentum) == 4
+    for leaf, sharding in zip(momentum, jax.tree.leaves(shardings), strict=True):
+      assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (sizes, leaf.sharding)
+    kinds = collectives(compiled.as_text())
+    assert kinds == wanted(sizes), (sizes, kinds)
+  print("same")
+
+
+def wanted(sizes):
+  """Blocks are exchanged where a matrix is split; results are gathered only over replicas that
+  shared the work: of all stacks over `data`, of the three layers over `expert`. Nothing else moves.
+  """
+  split = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+  shared = sizes.get("data", 1) > 1 or (sizes.get("expert", 1) > 1 and split < 3)
+  return ["all-gather"] * shared + ["all-to-all"] * (split > 1)
+
+
+def close(sizes, found, expected):
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale, err_msg=str(sizes))
+
+
+def collectives(text):
+  kinds = re.findall(r" (all-[a-z-]+|collective-permute|reduce-scatter)(?:-start)?\(", text)
+  return sorted(set(kinds))
+
+
+main()
