@@ -1,4 +1,4 @@
-"""GPUs that are not here, as devices to compile for.
+"""Accelerators that are not here, as devices to compile for.
 
 Place in the ring: beside it. XLA compiles for a GPU from its description alone; needed are jax's
 CUDA plugin and compiler (requirements-plan.lock), neither a GPU nor NVIDIA's libraries.
@@ -11,12 +11,15 @@ Set JAX_PLATFORMS=cpu in such a process: else jax looks for a real GPU, in vain,
 """
 
 import importlib.util
+import os
 
 import jax
 from jax.experimental import topologies
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 NODE = 8
+NAMES = ("h100", "h200", "b200", "v5p")
+"""What `devices` knows."""
 
 # What XLA's cost models and kernels ask of a device. From NVIDIA's data sheets of the SXM boards;
 # both are Hopper, and differ in memory alone.
@@ -24,7 +27,8 @@ _MEMORY = {
   "h100": ("NVIDIA H100 80GB HBM3", 3_350_000_000_000, 85_029_158_912),
   "h200": ("NVIDIA H200", 4_800_000_000_000, 151_397_597_184),
 }
-_HOPPER = """
+_BLACKWELL = ("NVIDIA B200", 8_000_000_000_000, 193_273_528_320)
+_CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -34,16 +38,16 @@ gpu_device_info {{
   shared_memory_per_core: 233472
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-  core_count: 132
+  core_count: {cores}
   fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  l2_cache_size: 52428800
+  clock_rate_ghz: {clock}
+  l2_cache_size: {cache}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   memory_bandwidth: {bandwidth}
   device_memory_size: {memory}
-  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }}
   name: "{name}"
   runtime_version: "12.8.0"
   compile_time_toolkit_version: "12.8.0"
@@ -83,10 +87,69 @@ def cuda_devices(name: str = "h200", count: int = 1) -> list[jax.Device]:
     raise ValueError(f"count: expected 1 to {NODE}, or a multiple of {NODE}, got {count}")
   if (reason := missing()) is not None:
     raise ValueError(f"cuda_devices: expected jax's CUDA plugin, but {reason}")
-  board, bandwidth, memory = _MEMORY[name]
+  return _cuda(_MEMORY[name], count, major=9, cores=132, clock=1.98, cache=52_428_800)
+
+
+def devices(name: str, count: int) -> list[jax.Device]:
+  """Devices of any kind in `NAMES` that are not here.
+
+  Args:
+    name: h100, h200 or b200 (CUDA), v5p (TPU; needs libtpu).
+    count: of devices; of GPUs more than one node is a multiple of 8, of TPUs a multiple of 4.
+
+  Raises:
+    ValueError: for another name or count, or where the compiler for it is missing.
+  """
+  if name not in NAMES:
+    raise ValueError(f"target: expected one of {NAMES}, got {name!r}")
+  if name == "v5p":
+    return _tpu(count)
+  if name == "b200":
+    cuda_devices("h200", count)  # for its checks
+    return _cuda(_BLACKWELL, count, major=10, cores=148, clock=1.965, cache=132_644_864)
+  return cuda_devices(name, count)
+
+
+def _cuda(
+  board: tuple[str, int, int], count: int, *, major: int, cores: int, clock: float, cache: int
+) -> list[jax.Device]:
+  name, bandwidth, memory = board
+  config = _CONFIG.format(
+    name=name,
+    bandwidth=bandwidth,
+    memory=memory,
+    major=major,
+    cores=cores,
+    clock=clock,
+    cache=cache,
+  )
   topology = topologies.get_topology_desc(
     platform="cuda",
-    target_config=_HOPPER.format(name=board, bandwidth=bandwidth, memory=memory),
+    target_config=config,
     topology=f"1x{max(1, count // NODE)}x{min(NODE, count)}",
+  )
+  return list(topology.devices)
+
+
+def _tpu(count: int) -> list[jax.Device]:
+  """Chips of a v5p cuboid whose sides are as equal as they can be; a host has 2 x 2 x 1."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "target: expected libtpu for v5p, but it is not installed (pip install libtpu)"
+    )
+  if count < 4 or count % 4:
+    raise ValueError(f"devices: expected a multiple of 4 for v5p, got {count}")
+  sides = min(
+    (
+      (x, y, count // x // y)
+      for x in range(2, count + 1, 2)
+      for y in range(x, count + 1, 2)
+      if count % (x * y) == 0
+    ),
+    key=lambda sides: max(sides) - min(sides),
+  )
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine to ask what it is
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5p:" + "x".join(map(str, sides))
   )
   return list(topology.devices)

@@ -1,0 +1,114 @@
+"""A plan as text: what a person reads before renting machines.
+
+Place in the ring: beside it; takes the reports of `plan.plan` and `search.search`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+GIB = 2**30
+CPU_NOTE = (
+  "Compiled for fake CPU devices: parameters, optimizer state and batch are exact, and so are the "
+  "kinds and axes of collectives that the layout asks for. Temporaries, the peak, dtypes of "
+  "collectives (XLA's CPU widens bfloat16), kernels, overlap and every time are not the target's."
+)
+
+
+def table(report: Mapping[str, Any]) -> str:
+  """A whole plan."""
+  mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+  lines = [
+    f"{report['devices']} x {report['target']} ({report['device_kind']}), {mesh or 'one device'}: "
+    f"{report['rows']} rows of {report['row_length']} tokens a step, "
+    f"{report['micro_rows']} at once",
+  ]
+  if report["target"] == "cpu":
+    lines += ["", CPU_NOTE]
+  for name, one in report["programs"].items():
+    lines += ["", *_program(name, one)]
+  lines += ["", "fits" if report["fits"] else "DOES NOT FIT"]
+  lines += [f"fault: {fault}" for fault in report["faults"]]
+  lines += [f"advice: {line}" for line in report["advice"]]
+  return "\n".join(lines)
+
+
+def ranking(report: Mapping[str, Any]) -> str:
+  """The layouts of a search, the best first, and the plan of the best."""
+  rows = [
+    (
+      " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items()),
+      str(row["micro_rows"]),
+      *(
+        (row["error"], "", "", "", "")
+        if "error" in row
+        else (
+          f"{row['peak_gib']:.1f}",
+          "yes" if row["fits"] else "no",
+          f"{row['predicted_step_seconds']:.2f}",
+          f"{row['predicted_mfu']:.1%}",
+          row["limited_by"],
+        )
+      ),
+    )
+    for row in report["ranking"]
+  ]
+  header = ("layout", "micro rows", "peak GiB", "fits", "seconds", "MFU", "limited by")
+  return "\n".join([*_columns(header, rows), "", "The best:", "", table(report)])
+
+
+def _program(name: str, one: Mapping[str, Any]) -> list[str]:
+  memory, seconds = one["memory"], one["seconds"]
+  lines = [
+    f"{name}: {one['predicted_step_seconds']:.3f} s, "
+    f"{one['predicted_tokens_per_second']:,.0f} tokens/s, MFU {one['predicted_mfu']:.1%}, "
+    f"limited by {one['limited_by']}; compiled in {one['compile_seconds']:.0f} s",
+    "  seconds: " + ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
+    f"  arithmetic: {one['flops_per_step']:.3e} FLOP a step",
+    f"  memory per device: peak {one['peak_gib']:.2f} of {one['usable_gib']:.1f} GiB usable: "
+    + ", ".join(
+      f"{key.removesuffix('_gib')} {value:.2f}"
+      for key, value in memory.items()
+      if key not in ("peak_gib", "arguments_gib") and value >= 0.005
+    ),
+  ]
+  if one["biggest_buffers"]:
+    rows: list[tuple[str, ...]] = [
+      (f"{buffer['bytes'] / GIB:.2f}", buffer["array"], buffer["source"])
+      for buffer in one["biggest_buffers"][:6]
+    ]
+    lines += _indent(_columns(("GiB", "biggest buffers", "written at"), rows))
+  if one["collectives"]:
+    rows = [_collective(row) for row in one["collectives"]]
+    header = ("collective", "dtype", "axes", "link", "count", "GB a step", "seconds", "exposed")
+    lines += _indent(_columns(header, rows))
+  if one["unknown_loops"]:
+    lines.append(
+      f"  {len(one['unknown_loops'])} loops have a trip count that XLA does not know; what is in "
+      "them counts once (+), and their arithmetic is taken from the analytic count"
+    )
+  return lines
+
+
+def _collective(row: Mapping[str, Any]) -> tuple[str, ...]:
+  return (
+    row["kind"],
+    row["dtype"],
+    "+".join(row["axes"]) or "?",
+    row["link"],
+    f"{row['count']}{'+' if row['in_unknown_loops'] else ''}",
+    f"{row['bytes'] / 1e9:.3f}",
+    f"{row['seconds']:.4f}",
+    f"{row['exposed_seconds']:.4f}",
+  )
+
+
+def _indent(lines: Iterable[str]) -> list[str]:
+  return [f"  {line}" for line in lines]
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+  return [
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in (header, *rows)
+  ]

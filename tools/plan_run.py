@@ -1,0 +1,110 @@
+"""What a run will take on machines that are not here, without starting anything.
+
+    python -m tools.plan_run --gin FILE [--gin FILE ..] [--set a.b=c ..]
+        [--target h100|h200|b200|v5p] [--devices N] [--json OUT] [--programs rl_step,logprobs]
+        [--rows N] [--trajectory-tokens N] [--margin 0.08] [--hardware FILE] [--allow-cpu]
+        [--search]
+
+Compiles the functions that the run would jit, for the target and without a device (the wheels of
+`make plan`), and reports memory, collectives, arithmetic and a predicted step time per device.
+Exit code 1: it does not fit, or float32 weights travel; 2: the configuration is not fit.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import sys
+from typing import Any
+
+PLAN = pathlib.Path(sys.prefix) / "plan"
+
+
+def main(argv: list[str] | None = None) -> int:
+  arguments = _parser().parse_args(argv)
+  _prepare(arguments.allow_cpu)
+  from experiments import gin_config
+
+  try:
+    report = _plan(arguments)
+  except (gin_config.ConfigError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  if arguments.json is not None:
+    pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+  from intellect3.planning import table
+
+  print(table.ranking(report) if arguments.search else table.table(report), flush=True)
+  return 1 if report["faults"] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m tools.plan_run",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--gin", action="append", required=True, metavar="FILE")
+  parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="bindings")
+  parser.add_argument("--target", default="h200", help="h100, h200, b200 or v5p")
+  parser.add_argument("--devices", type=int, help="of the trainer; by default what the mesh needs")
+  parser.add_argument("--json", metavar="OUT", help="where the report goes")
+  parser.add_argument("--programs", help="of rl_step, sft_step, logprobs; by default all")
+  parser.add_argument("--rows", type=int, help="of a step's batch; by default the most")
+  parser.add_argument("--trajectory-tokens", type=int, help="by default the longest")
+  parser.add_argument(
+    "--margin", type=float, default=0.08, help="share of the memory to leave free"
+  )
+  parser.add_argument(
+    "--hardware", type=pathlib.Path, help="other constants (hardware.toml's form)"
+  )
+  parser.add_argument("--allow-cpu", action="store_true", help="compile for fake CPU devices")
+  parser.add_argument("--search", action="store_true", help="rank the layouts that divide")
+  parser.add_argument("--hlo", type=pathlib.Path, help="a folder for the compiled programs' text")
+  return parser
+
+
+def _prepare(allow_cpu: bool) -> None:
+  """Before jax is imported: no look for a real GPU, and the compilers of `make plan`."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  if not allow_cpu and PLAN.is_dir() and str(PLAN) not in sys.path:
+    sys.path.append(str(PLAN))
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  logging.getLogger("absl").setLevel(logging.ERROR)  # tokamax: no autotuning for what is not here
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+  from experiments import gin_config
+  from intellect3.planning import hardware, plan, search, target
+  from tools import plan_job
+
+  text = gin_config.read(arguments.gin, arguments.bindings)
+  kind, job = plan_job.read(
+    text, rows=arguments.rows, trajectory_tokens=arguments.trajectory_tokens
+  )
+  count = arguments.devices or job.needs_devices
+  if arguments.allow_cpu:
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", count)
+    devices: Any = jax.devices("cpu")
+    name = "cpu"
+  else:
+    devices, name = target.devices(arguments.target, count), arguments.target
+  constants = hardware.load(name, arguments.hardware)
+  first = "rl_step" if kind == "rl" else "sft_step"
+  names = arguments.programs.split(",") if arguments.programs else None
+  say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+  head = {"target": name, "gin": arguments.gin, "bindings": arguments.bindings}
+  if arguments.search:
+    return head | search.search(
+      job, devices, constants, program=first, margin=arguments.margin, say=say
+    )
+  return head | plan.plan(
+    job, devices, constants, names=names, margin=arguments.margin, say=say, hlo=arguments.hlo
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())
