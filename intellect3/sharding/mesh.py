@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from intellect3.sharding import topology
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Replicas; shards of the parameters across nodes; shards of the experts; of the sequence; of the
-heads and widths."""
+heads and widths. From the outermost, whose devices may be far apart, to the innermost."""
 
 
 def make_mesh(
@@ -28,21 +29,21 @@ def make_mesh(
 
   Args:
     data, fsdp, expert, context, tensor: sizes of the axes.
-    devices: as many devices as the product of the sizes; None takes all of the process's backend,
-      laid out by jax so that the last axes are the closest neighbours.
+    devices: as many devices as the product of the sizes; None takes all of the backend. They are
+      laid out so that the last axes are the closest neighbours (`topology.arrange`): with 8 GPUs a
+      node, `fsdp` 16 and `expert` 8, experts are exchanged inside nodes; with `data` 4 besides,
+      parameters are gathered inside groups of 16 nodes and replicas summed between the groups.
 
   Raises:
-    ValueError: where a size is below 1 or the product is not the number of devices.
+    ValueError: where a size is below 1, the product is not the number of devices, or an axis would
+      straddle nodes.
   """
   sizes = dict(zip(AXES, (data, fsdp, expert, context, tensor), strict=True))
   for axis, size in sizes.items():
     if size < 1:
       raise ValueError(f"{axis}: expected at least 1, got {size}")
-  available = jax.device_count() if devices is None else len(devices)
+  given = jax.devices() if devices is None else devices
   needed = math.prod(sizes.values())
-  if needed != available:
-    raise ValueError(f"mesh: expected {needed} devices for {sizes}, got {available}")
-  types = (AxisType.Auto,) * len(AXES)
-  if devices is None:
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
-  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=types)
+  if needed != len(given):
+    raise ValueError(f"mesh: expected {needed} devices for {sizes}, got {len(given)}")
+  return Mesh(topology.arrange(sizes, given), AXES, axis_types=(AxisType.Auto,) * len(AXES))

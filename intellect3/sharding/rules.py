@@ -1,14 +1,23 @@
 """Tables from logical axes to mesh axes.
 
 Place in the ring: the model names the axes of its parameters and activations; a table says where
-they lie. Another layout is another table.
+they lie. Another layout is another table. docs/design/0006-layouts.md says which is for what.
 """
 
 from collections.abc import Sequence
 
 from jax.sharding import PartitionSpec
 
-Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+Entry = str | tuple[str, ...] | None
+Rules = tuple[tuple[str, Entry], ...]
+
+EXPERTS = "experts"
+"""The logical axis that makes a tensor one of experts (see `to_spec`)."""
+
+
+def _changed(rules: Rules, **entries: Entry) -> Rules:
+  return tuple({**dict(rules), **entries}.items())
+
 
 TRAIN_FSDP: Rules = (
   ("vocab", "tensor"),
@@ -23,7 +32,19 @@ TRAIN_FSDP: Rules = (
   ("act_length", "context"),
   ("act_embed", None),
 )
-"""Parameters over `fsdp` (and `tensor`), experts over `expert`; rows over all three."""
+"""Parameters over `fsdp` (and `tensor`), experts over `expert`; rows over `data`, `fsdp` and
+`expert`. Parameters that are no experts are the same along `expert`: each of its groups gathers
+them over `fsdp` alone."""
+
+TRAIN_FSDP_EXPERT: Rules = _changed(TRAIN_FSDP, embed=("fsdp", "expert"), expert_embed="fsdp")
+"""As `TRAIN_FSDP`, with the parameters that are no experts over `fsdp` and `expert`: no device
+holds what another has, for gathers that also cross `expert`."""
+
+TRAIN_CONTEXT: Rules = _changed(
+  TRAIN_FSDP, embed=("fsdp", "expert", "context"), expert_embed=("fsdp", "context")
+)
+"""As `TRAIN_FSDP_EXPERT` for long sequences: parameters over `context` too, whose devices have
+other tokens of the same rows."""
 
 SERVE: Rules = (
   ("vocab", "tensor"),
@@ -45,6 +66,10 @@ device has all rows: a decode step is too small to be worth splitting by them.""
 def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   """The partition of a tensor with these logical axes.
 
+  A tensor that has the axis `experts` follows, for any other axis, the table's entry
+  `expert_<axis>` where there is one: what lies over the mesh axis `expert` by its experts cannot
+  lie there by its width too.
+
   Args:
     logical_axes: one name per dimension; None is not sharded.
     rules: the table.
@@ -56,7 +81,9 @@ def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   table = dict(rules)
   if len(table) != len(rules):
     raise ValueError(f"rules: expected each logical axis once, got {[name for name, _ in rules]}")
-  entries: list[str | tuple[str, ...] | None] = []
+  if EXPERTS in logical_axes:
+    table |= {name: table.get(f"expert_{name}", entry) for name, entry in table.items()}
+  entries: list[Entry] = []
   owner: dict[str, str] = {}
   for name in logical_axes:
     if name is None:

@@ -35,13 +35,15 @@ def tree_shardings(logical_tree: Any, shapes: Any, mesh: Mesh, rules: Rules) -> 
     try:
       spec = to_spec(logical_axes, rules)
     except ValueError as error:
-      raise ValueError(f"{tensor}: {error}") from error
+      raise ValueError(f"{tensor} {tuple(leaf.shape)}: {error}") from error
     for name, size, entry in zip(logical_axes, leaf.shape, spec, strict=False):
       mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
       parts = math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes)
       if size % parts:
         problems.append(
-          f"{tensor}: expected {name} to divide by {parts} (mesh axes {mesh_axes}), got {size}"
+          f"{tensor}: expected {name} to divide by {parts} "
+          f"({' * '.join(f'{axis} {mesh.shape.get(axis, 1)}' for axis in mesh_axes)}), "
+          f"got {size} of {tuple(leaf.shape)}"
         )
     return NamedSharding(mesh, spec)
 

@@ -67,6 +67,53 @@ def test_every_parameter_of_the_big_model_divides_over_512_devices():
   assert sum(held) < 1.6 * 106_852_251_264 / 512
 
 
+@pytest.mark.parametrize(
+  ("table", "sizes", "gate", "q"),
+  [
+    ("TRAIN_FSDP", {"fsdp": 64, "expert": 8}, (45, 16, 64, 1408), (45, 64, 96, 128)),
+    ("TRAIN_FSDP_EXPERT", {"fsdp": 64, "expert": 8}, (45, 16, 64, 1408), (45, 8, 96, 128)),
+    (
+      "TRAIN_FSDP_EXPERT",
+      {"data": 4, "fsdp": 8, "expert": 8, "tensor": 2},
+      (45, 16, 512, 704),
+      (45, 64, 48, 128),
+    ),
+    (
+      "TRAIN_CONTEXT",
+      {"fsdp": 16, "expert": 8, "context": 4},
+      (45, 16, 64, 1408),
+      (45, 8, 96, 128),
+    ),
+  ],
+)
+def test_where_the_training_tables_put_the_big_model(table, sizes, gate, q):
+  """Worked by hand from [45, 128, 4096, 1408] and [45, 4096, 96, 128]."""
+  shapes, axes = transformer.abstract(presets.glm_4_5_air())
+  placed = specs.tree_shardings(axes, shapes, abstract_mesh(**sizes), getattr(rules, table))
+  for path, expected in ((("moe", "experts", "gate"), gate), (("attention", "q", "kernel"), q)):
+    sharding = _leaf(placed["moe_layers"], path)
+    assert sharding.shard_shape(_leaf(shapes["moe_layers"], path).shape) == expected
+  if table != "TRAIN_FSDP":  # nothing large is held twice inside a replica
+    held = [
+      int(np.prod(sharding.shard_shape(shape.shape)))
+      for shape, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)
+    ]
+    replicas = sizes.get("data", 1)
+    assert sum(held) < 1.01 * 106_852_251_264 * replicas / 512
+
+
+def test_tensors_of_experts_have_entries_of_their_own():
+  table = (("experts", "expert"), ("embed", ("fsdp", "expert")), ("mlp", "tensor"))
+  both = rules.to_spec(("embed", "mlp"), table)
+  assert both == PartitionSpec(("fsdp", "expert"), "tensor")
+  with pytest.raises(ValueError, match="'experts' and 'embed' both on 'expert'"):
+    rules.to_spec(("experts", "embed", "mlp"), table)
+  own = (*table, ("expert_embed", None), ("expert_mlp", ("fsdp", "tensor")))
+  assert rules.to_spec(("embed", "mlp"), own) == both
+  expected = PartitionSpec("expert", None, ("fsdp", "tensor"))
+  assert rules.to_spec(("experts", "embed", "mlp"), own) == expected
+
+
 def test_a_server_of_the_big_model_splits_it_over_its_devices():
   """By heads, widths and vocabulary over `tensor`, and experts over `expert`: only norms, routers
   and what they need stay whole."""
@@ -110,9 +157,16 @@ def test_dimensions_that_do_not_divide_are_all_named():
   with pytest.raises(ValueError) as error:
     specs.tree_shardings(axes, shapes, abstract_mesh(expert=3, tensor=4), rules.TRAIN_FSDP)
   message = str(error.value)
-  assert "moe_layers/moe/experts/gate: expected experts to divide by 3" in message
+  assert (
+    "moe_layers/moe/experts/gate: expected experts to divide by 3 (expert 3), "
+    "got 8 of (1, 8, 64, 32)"
+  ) in message
   assert "dense_layers/attention/k/kernel: expected kv_heads to divide by 4" in message
   assert "attention/q/kernel" not in message
+  with pytest.raises(ValueError, match=r"gate \(8, 64\): .*'experts' and 'embed' both on 'expert'"):
+    table = (("experts", "expert"), ("embed", "expert"))
+    gate = jax.ShapeDtypeStruct((8, 64), np.float32)
+    specs.tree_shardings({"gate": ("experts", "embed")}, {"gate": gate}, abstract_mesh(), table)
   with pytest.raises(ValueError, match=r"embedding: expected 2 axis names, got \('vocab',\)"):
     specs.tree_shardings(
       {"embedding": ("vocab",)},

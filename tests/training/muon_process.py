@@ -72,48 +72,53 @@ def of_optax(params, grads):
 def layouts():
   for fsdp, expert, tensor in itertools.product((1, 2, 4, 8), repeat=3):
     if fsdp * expert * tensor == 8:
-      yield {"fsdp": fsdp, "expert": expert, "tensor": tensor}
-  yield {"data": 2, "fsdp": 4}
-  yield {"data": 2, "context": 2, "tensor": 2}
-  yield {"data": 8}
+      yield rules.TRAIN_FSDP, {"fsdp": fsdp, "expert": expert, "tensor": tensor}
+  yield rules.TRAIN_FSDP, {"data": 2, "fsdp": 4}
+  yield rules.TRAIN_FSDP, {"data": 2, "context": 2, "tensor": 2}
+  yield rules.TRAIN_FSDP, {"data": 8}
+  yield rules.TRAIN_FSDP_EXPERT, {"fsdp": 2, "expert": 2, "tensor": 2}
+  yield rules.TRAIN_CONTEXT, {"fsdp": 2, "expert": 2, "context": 2}
 
 
 def main():
   params, grads = given(0), given(1)
   expected = of_optax(params, grads)
-  made = optimizer.muon(learning_rate=RATE, weight_decay=DECAY, clip_norm=None)
-  run = two_updates(made)
-  shapes = jax.eval_shape(lambda: params)
-  for number, sizes in enumerate(layouts()):
+  for number, (table, sizes) in enumerate(layouts()):
     muon.ROUND_BYTES = (64 * 2**20, 3000)[number % 2]  # all at once, or one matrix or two a round
-    mesh = meshes.make_mesh(**sizes)
-    shardings = specs.tree_shardings(AXES, shapes, mesh, rules.TRAIN_FSDP)
-    placed = jax.device_put((params, grads), (shardings, shardings))
-
-    @jax.jit
-    def scoped(params, grads):
-      with nn.logical_axis_rules(rules.TRAIN_FSDP):
-        return run(params, grads, made.init(params))
-
-    with jax.set_mesh(mesh):
-      compiled = scoped.lower(*placed).compile()
-      updates, state = compiled(*placed)
+    updates, state, shardings, text = updated(table, sizes, params, grads)
     jax.tree.map(functools.partial(close, sizes), updates, expected)
     momentum = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 1]
     assert len(momentum) == 4
     for leaf, sharding in zip(momentum, jax.tree.leaves(shardings), strict=True):
       assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (sizes, leaf.sharding)
-    kinds = collectives(compiled.as_text())
-    assert kinds == wanted(sizes), (sizes, kinds)
+    assert collectives(text) == wanted(table, sizes), (sizes, collectives(text))
   print("same")
 
 
-def wanted(sizes):
+def updated(table, sizes, params, grads):
+  """The second update, the state, where the parameters lie and the compiled program."""
+  mesh = meshes.make_mesh(**sizes)
+  shardings = specs.tree_shardings(AXES, jax.eval_shape(lambda: params), mesh, table)
+  placed = jax.device_put((params, grads), (shardings, shardings))
+  made = optimizer.muon(learning_rate=RATE, weight_decay=DECAY, clip_norm=None)
+
+  def scoped(params, grads):
+    with nn.logical_axis_rules(table):
+      return two_updates(made)(params, grads, made.init(params))
+
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(scoped).lower(*placed).compile()
+    return *compiled(*placed), shardings, compiled.as_text()
+
+
+def wanted(table, sizes):
   """Blocks are exchanged where a matrix is split; results are gathered only over replicas that
-  shared the work: of all stacks over `data`, of the three layers over `expert`. Nothing else moves.
-  """
+  shared the work: of all stacks over `data`, of the three layers over `expert`, where that does
+  not split matrices too. Nothing else moves."""
   split = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-  shared = sizes.get("data", 1) > 1 or (sizes.get("expert", 1) > 1 and split < 3)
+  shared = sizes.get("data", 1) > 1
+  if table is rules.TRAIN_FSDP:
+    shared |= sizes.get("expert", 1) > 1 and split < 3
   return ["all-gather"] * shared + ["all-to-all"] * (split > 1)
 
 
