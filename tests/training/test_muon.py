@@ -14,10 +14,11 @@ from intellect3.training import muon
 from tests.kernels import deviceless
 
 
-def test_every_layout_of_eight_devices_gives_the_updates_of_one():
+def _process(name):
+  """Runs a file of this folder, which says at its end that all was the same."""
   here = pathlib.Path(__file__).parent
   found = subprocess.run(
-    [sys.executable, str(here / "muon_process.py")],
+    [sys.executable, str(here / name)],
     capture_output=True,
     text=True,
     env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(here.parents[1])},
@@ -25,6 +26,10 @@ def test_every_layout_of_eight_devices_gives_the_updates_of_one():
   )
   assert found.returncode == 0, found.stderr[-3000:]
   assert found.stdout.strip() == "same"
+
+
+def test_every_layout_of_eight_devices_gives_the_updates_of_one():
+  _process("muon_process.py")
 
 
 @pytest.mark.parametrize(
@@ -158,3 +163,8 @@ def test_on_128_h200_no_stack_is_gathered_and_no_float32_travels():
   assert compiled["temporaries"] < 2.5 * 2**30
   assert compiled["dtypes"] == ["bf16"]
   assert compiled["kinds"] == ["all-gather", "all-to-all"]  # q's results, over `expert`
+
+
+@pytest.mark.slow
+def test_train_steps_with_muon_on_eight_devices_are_those_of_one():
+  _process("muon_step_process.py")
