@@ -63,7 +63,7 @@ demo: $(STAMP) ## warm-up and asynchronous RL of a small model on this machine
 	$(BIN)/python -m experiments.rl_run --gin experiments/configs/runs/demo.gin --out runs/demo
 	@echo 'results: runs/demo/summary.json, runs/demo/curves.png, runs/demo/metrics/'
 
-notebooks: $(STAMP) ## run the notebooks at full size (half an hour); HTML in build/notebooks
+notebooks: $(STAMP) ## run the notebooks at full size (about 40 minutes); HTML in build/notebooks
 	$(BIN)/python -m tools.notebooks --out build/notebooks $(sort $(wildcard notebooks/*.ipynb))
 
 # Needs no .venv: it resolves pyproject.toml anew, in an environment of its own.

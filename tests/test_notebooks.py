@@ -66,13 +66,16 @@ def test_the_bandit_notebook_runs():
   notebooks.execute(notebook, SMALL)
   pictures = [base64.b64decode(picture) for picture in shown(notebook, "image/png")]
   assert len(pictures) == 11 and all(len(picture) > 8000 for picture in pictures)
-  facts, bias, finals, by_rate, failed, _ = shown(notebook, "text/markdown")
-  assert facts == "2 prompts, 16 trajectories of 3 tokens, 6 weights"
+  facts, bias, finals, average, last, by_rate, failed, _ = shown(notebook, "text/markdown")
+  assert facts == "2 problems, each of 2 prompts, 16 trajectories of 3 tokens, 6 weights"
   rows = finals.splitlines()
   assert rows[0] == "| final return \\ staleness | 0 | 2 |" and len(rows) == 4
   # On-policy nothing is biased, and the reference never is.
   assert bias.splitlines()[2].startswith("| masked_importance | 0.00 ± 0.00 |")
   assert bias.splitlines()[3] == "| trajectory ratio (reference) | 0.00 ± 0.00 | 0.00 ± 0.00 |"
+  for told in (average, last):
+    (row,) = told.splitlines()[2:]  # the baseline is not held against itself
+    assert row.startswith("| trajectory ratio (reference) | 0.000 ± 0.000 |")
   assert by_rate.splitlines()[0] == "| return at staleness 2 \\ rate | 0.3 |"
   assert failed.splitlines()[0] == "| failed seeds \\ staleness | 0 | 2 |"
   assert BANDIT.stem in (page := notebooks.render(notebook, BANDIT.stem)) and "<img" in page

@@ -112,11 +112,10 @@ def estimate(
 
 
 def study(
-  problem: policy.Problem,
+  problems: Sequence[policy.Problem],
   losses: Mapping[str, training.LossFn],
   *,
   cells: Sequence[training.Cell],
-  seeds: int,
   steps: Sequence[int],
   settings: training.Settings,
 ) -> dict[str, Estimate]:
@@ -127,9 +126,9 @@ def study(
   same policies, those of a healthy run.
 
   Args:
+    problems: one a seed, as in `training.train`; a seed's run is on its own problem.
     losses: by name.
     cells: staleness and mismatch; the learning rate, the same in all, is that of the run.
-    seeds: runs, numbered from 0.
     steps: the versions n; an estimate is the mean over them.
     settings: of the runs, which take as many steps as they need, and the kind of mismatch.
 
@@ -148,16 +147,17 @@ def study(
       f"{max(cell.staleness for cell in cells)}"
     )
   run = training.train(
-    problem,
+    problems,
     policy_gradient.reinforce_loss,
     cells=[training.Cell(0, rates.pop())],
-    seeds=seeds,
     settings=dataclasses.replace(settings, steps=max(steps), evaluate_every=max(steps)),
   )
-  shape = (len(cells), seeds, len(steps))
+  stacked = policy.stack(problems)
+  shape = (len(cells), len(problems), len(steps))
   cell, seed, step = (index.ravel() for index in np.indices(shape))
   versions = jnp.asarray(run.weights[0])
   pairs = (
+    jnp.asarray(seed),
     versions[seed, np.asarray(steps)[step]],
     versions[seed, np.asarray(steps)[step] - np.asarray([c.staleness for c in cells])[cell]],
     jnp.asarray([c.mismatch for c in cells], jnp.float32)[cell],
@@ -165,8 +165,9 @@ def study(
   )
 
   def of(loss_fn: training.LossFn) -> Estimate:
-    def pair(inputs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> Estimate:
-      target, behaviour, amount, key = inputs
+    def pair(inputs: tuple[jax.Array, ...]) -> Estimate:
+      place, target, behaviour, amount, key = inputs
+      problem = jax.tree.map(lambda array: array[place], stacked)
       server_logits = settings.mismatch(policy.logits(problem, behaviour), key, amount)
       return estimate(problem, loss_fn, target, server_logits)
 

@@ -1,8 +1,9 @@
 """Pictures of lines with bands that a person can read without the text.
 
 Place in the ring: in the lab, called by its notebooks. Small multiples instead of tangles: a panel
-shows its own line in colour and the others in grey. Labels stand at the lines; colours are those of
-Okabe and Ito (2008), or a scale of even lightness, so that the colour-blind can tell them apart.
+shows its own line in colour and the others in grey. A legend says what lines and bands are, the
+axis where places are not to scale; colours are those of Okabe and Ito (2008), or a scale of even
+lightness, so that the colour-blind can tell them apart.
 Figures are returned, not registered anywhere: a notebook shows them, `savefig` writes them.
 """
 
@@ -10,8 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from intellect3.lab import statistics
@@ -19,6 +23,10 @@ from intellect3.lab import statistics
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 GREY = "#BBBBBB"
 PANEL = (2.9, 2.3)
+MOST_TICKS = 8
+NOT_TO_SCALE = "spacing not to scale"
+
+Limits = tuple[float | None, float | None]
 
 
 def small_multiples(
@@ -31,7 +39,8 @@ def small_multiples(
   columns: int = 4,
   ordinal: bool = True,
   y_scale: str = "linear",
-  y_limits: tuple[float, float] | None = None,
+  y_limits: Limits | None = None,
+  kind: str = "loss",
 ) -> Figure:
   """One panel per line, the other lines in grey behind it, all on the same axes.
 
@@ -42,22 +51,34 @@ def small_multiples(
     y_label: what y is, with its unit.
     references: levels by label, dotted across every panel and labelled in the first.
     columns: panels a row.
-    ordinal: the places are evenly spaced, whatever they are (0, 1, 2, 4, 8, 16).
+    ordinal: the places are evenly spaced, whatever they are (0, 1, 2, 4, 8, 16); the axis says so
+      where that is not to scale. Otherwise the axis is linear, marked at the places if few.
     y_scale: "linear", "log" or "symlog".
-    y_limits: of all panels; None takes the lines' own.
+    y_limits: of all panels; None, or None for an end, takes the lines' own.
+    kind: what a panel is one of, for the legend.
 
   Raises:
     ValueError: where there is no line.
   """
-  figure, panels = _grid(list(series), columns, title, x_label, y_label)
-  ticks = _places(list(series.values()))
+  lines = list(series.values())
+  ticks = _places(lines)
+  figure, panels = _grid(list(series), columns, title, _x_label(x_label, ticks, ordinal), y_label)
   for axes, name in zip(panels, series, strict=True):
     for other, line in series.items():
       if other != name:
         axes.plot(_x(line.x, ticks, ordinal), line.mean, color=GREY, linewidth=0.8, zorder=1)
     _line(axes, series[name], BLUE, ticks, ordinal)
     _references(axes, references or {}, labelled=axes is panels[0])
-    _axes(axes, name, ticks, ordinal, y_scale, y_limits)
+    _axes(axes, name, ticks, ordinal, y_scale)
+  _limit(panels, y_limits)
+  handles: list[Artist] = [Line2D([], [], color=BLUE, linewidth=1.8, label=f"the {kind} named")]
+  if len(lines) > 1:
+    handles.append(Line2D([], [], color=GREY, linewidth=1.2, label="grey: the others"))
+  if band := _band(lines):
+    handles.append(Patch(color=BLUE, alpha=0.22, linewidth=0, label=f"band: {band}"))
+  figure.legend(
+    handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9
+  )
   return figure
 
 
@@ -72,7 +93,8 @@ def line_panels(
   columns: int = 4,
   ordinal: bool = False,
   y_scale: str = "linear",
-  y_limits: tuple[float, float] | None = None,
+  y_limits: Limits | None = None,
+  bands: bool = True,
 ) -> Figure:
   """One panel per name with several ordered lines, e.g. a training curve per staleness.
 
@@ -80,25 +102,33 @@ def line_panels(
 
   Args:
     panels: per panel its lines by label; every panel has the labels of the first, in order.
-    line_label: what the labels are, with its unit; titles the legend.
+    line_label: what the labels are, with its unit; titles the legend, which also says what lines
+      and bands are.
+    bands: whether intervals are drawn; those of many lines hide each other.
 
   Others and Raises: as in `small_multiples`; ValueError also where the labels differ.
   """
-  figure, grid = _grid(list(panels), columns, title, x_label, y_label)
+  every = [line for lines in panels.values() for line in lines.values()]
+  ticks = _places(every)
+  figure, grid = _grid(list(panels), columns, title, _x_label(x_label, ticks, ordinal), y_label)
   labels = list(next(iter(panels.values())))
   colours = scale(len(labels))
-  ticks = _places([line for lines in panels.values() for line in lines.values()])
   for axes, (name, lines) in zip(grid, panels.items(), strict=True):
     if list(lines) != labels:
       raise ValueError(f"panels[{name!r}]: expected the lines {labels}, got {list(lines)}")
     for colour, line in zip(colours, lines.values(), strict=True):
-      _line(axes, line, colour, ticks, ordinal, marker=ordinal)
+      _line(axes, line, colour, ticks, ordinal, marker=ordinal, band=bands)
     _references(axes, references or {}, labelled=axes is grid[0])
-    _axes(axes, name, ticks, ordinal, y_scale, y_limits)
-  handles = [
-    matplotlib.lines.Line2D([], [], color=colour, linewidth=2.5, label=label)
+    _axes(axes, name, ticks, ordinal, y_scale)
+  _limit(grid, y_limits)
+  handles: list[Artist] = [
+    Line2D([], [], color=colour, linewidth=2.5, label=label)
     for colour, label in zip(colours, labels, strict=True)
   ]
+  if seeds := _seeds(every):
+    handles.append(Line2D([], [], linewidth=0, label=f"line: mean of\n{seeds}"))
+  if bands and _band(every):
+    handles.append(Patch(color=GREY, alpha=0.5, linewidth=0, label="band: 95%\ninterval"))
   figure.legend(handles=handles, title=line_label, loc="outside right center", frameon=False)
   return figure
 
@@ -151,7 +181,7 @@ def heatmap(
   axes.tick_params(length=0)
   for spine in axes.spines.values():
     spine.set_visible(False)
-  figure.colorbar(image, ax=axes, label=colour_label, extend="both")
+  figure.colorbar(image, ax=axes, label=colour_label, extend=_extend(array, low, high))
   return figure
 
 
@@ -165,8 +195,6 @@ def scale(count: int) -> list[str]:
 def _grid(
   names: Sequence[str], columns: int, title: str, x_label: str, y_label: str
 ) -> tuple[Figure, list[Axes]]:
-  if not names:
-    raise ValueError("series: expected at least one line, got none")
   columns = min(columns, len(names))
   rows = -(-len(names) // columns)
   size = (1.2 + PANEL[0] * columns, 0.9 + PANEL[1] * rows)
@@ -183,7 +211,44 @@ def _grid(
   return figure, list(grid[: len(names)])
 
 
+def _extend(values: np.ndarray, low: float, high: float) -> str:
+  """Which ends of the colour scale stand for numbers beyond them; rounding is not beyond."""
+  rounding = 1e-5 * (high - low)
+  below, above = np.nanmin(values) < low - rounding, np.nanmax(values) > high + rounding
+  return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+
+
+def _seeds(lines: Sequence[statistics.Series]) -> str:
+  """How many seeds the means are of, e.g. "10 seeds" or "2 to 3 seeds"; empty where none is one."""
+  counts = np.concatenate([line.counts for line in lines])
+  if not np.any(counts):
+    return ""
+  least, most = counts[counts > 0].min(), counts.max()
+  return f"{most} seed{'s' if most > 1 else ''}" if least == most else f"{least} to {most} seeds"
+
+
+def _band(lines: Sequence[statistics.Series]) -> str:
+  """What bands are; empty where there is none."""
+  if all(np.isnan(line.low).all() for line in lines):
+    return ""
+  return f"95% interval, {_seeds(lines)}"
+
+
+def _x_label(label: str, ticks: np.ndarray, ordinal: bool) -> str:
+  gaps = np.diff(ticks)
+  even = gaps.size == 0 or np.allclose(gaps, gaps[0])
+  return label if even or not ordinal else f"{label}; {NOT_TO_SCALE}"
+
+
+def _limit(panels: Sequence[Axes], limits: Limits | None) -> None:
+  """After everything is drawn: an end that is None is that of all lines."""
+  if limits is not None:
+    panels[0].set_ylim(*limits)
+
+
 def _places(lines: Sequence[statistics.Series]) -> np.ndarray:
+  if not lines:
+    raise ValueError("series: expected at least one line, got none")
   return np.unique(np.concatenate([line.x for line in lines]))
 
 
@@ -198,9 +263,11 @@ def _line(
   ticks: np.ndarray,
   ordinal: bool,
   marker: bool = True,
+  band: bool = True,
 ) -> None:
   x = _x(line.x, ticks, ordinal)
-  axes.fill_between(x, line.low, line.high, color=colour, alpha=0.22, linewidth=0, zorder=2)
+  if band:
+    axes.fill_between(x, line.low, line.high, color=colour, alpha=0.22, linewidth=0, zorder=2)
   symbol = "o" if marker else ""
   axes.plot(x, line.mean, color=colour, linewidth=1.8, zorder=3, marker=symbol, markersize=3.5)
 
@@ -227,16 +294,15 @@ def _axes(
   ticks: np.ndarray,
   ordinal: bool,
   y_scale: str,
-  y_limits: tuple[float, float] | None,
 ) -> None:
   axes.set_title(name, fontsize=10, loc="left")
   axes.set_yscale(y_scale)
-  if y_limits is not None:
-    axes.set_ylim(*y_limits)
   if ordinal:
     axes.xaxis.set_major_locator(FixedLocator(list(range(len(ticks)))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(range(len(ticks)), [f"{place:g}" for place in ticks])
+  elif len(ticks) <= MOST_TICKS:
+    axes.set_xticks(ticks, [f"{place:g}" for place in ticks])
   axes.grid(axis="y", color="#E6E6E6", linewidth=0.7, zorder=0)
   axes.set_axisbelow(True)
   for side in ("top", "right"):

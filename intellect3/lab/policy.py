@@ -8,6 +8,8 @@ fewer weights than places: the policy cannot fit all prompts and does not become
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,10 @@ import numpy as np
 MAX_TRAJECTORIES = 50_000
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Prompts, features, and a reward for every sequence after every prompt.
+  """Prompts, features, and a reward for every sequence after every prompt; a pytree.
 
   Attributes:
     sequences_ST: int32 [S, T], all sequences of the vocabulary V, S = V ** T.
@@ -27,9 +30,9 @@ class Problem:
       token V stands for the trajectory's start.
   """
 
-  sequences_ST: np.ndarray
-  rewards_MS: np.ndarray
-  features_MTPD: np.ndarray
+  sequences_ST: Any
+  rewards_MS: Any
+  features_MTPD: Any
 
   @property
   def prompts(self) -> int:
@@ -90,6 +93,29 @@ def make_problem(
   features_MTPD = random.normal(size=shape) / np.sqrt(features)
   rewards_MS = (total_MS > threshold_M1).astype(np.float32)
   return Problem(grid, rewards_MS, features_MTPD.astype(np.float32))
+
+
+def make_problems(count: int, **shape: Any) -> list[Problem]:
+  """Problems of one shape with the seeds 0 to `count` - 1: what an experiment is repeated over.
+
+  Raises:
+    ValueError: where the count is below 1, or as `make_problem`.
+  """
+  if count < 1:
+    raise ValueError(f"count: expected at least 1, got {count}")
+  return [make_problem(**shape, seed=seed) for seed in range(count)]
+
+
+def stack(problems: Sequence[Problem]) -> Problem:
+  """All problems in one whose arrays have them as a further first axis, for `jax.vmap`.
+
+  Raises:
+    ValueError: where there is none, or their shapes differ.
+  """
+  shapes = {problem.features_MTPD.shape for problem in problems}
+  if len(shapes) != 1:
+    raise ValueError(f"problems: expected problems of one shape, got {sorted(shapes) or 'none'}")
+  return jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
 
 
 def initial(problem: Problem) -> jax.Array:

@@ -177,7 +177,9 @@ def by_lag(
     for name in ("mean", "low", "high"):
       filled[name] = np.full(lags.shape, np.nan)
       filled[name][places] = getattr(line, name)
-    lines[loss] = statistics.Series(x=lags, **filled)
+    counts = np.zeros(lags.shape, np.int64)
+    counts[places] = line.counts
+    lines[loss] = statistics.Series(x=lags, **filled, counts=counts)
   return lines
 
 

@@ -40,12 +40,14 @@ class Series:
     mean: float64[K].
     low: float64[K], NaN where there is no interval.
     high: float64[K], NaN where there is no interval.
+    counts: int64[K], how many values the mean is of; 0 where the number is no mean.
   """
 
   x: np.ndarray
   mean: np.ndarray
   low: np.ndarray
   high: np.ndarray
+  counts: np.ndarray
 
 
 def mean_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
@@ -99,7 +101,7 @@ def exact(x: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray)
   if places.shape != array.shape or places.ndim != 1:
     raise ValueError(f"values: expected {list(places.shape)} numbers, got {list(array.shape)}")
   none = np.full_like(array, np.nan)
-  return Series(places, array, none, none)
+  return Series(places, array, none, none, np.zeros(array.shape, np.int64))
 
 
 def by_staleness(points: Iterable[Point]) -> dict[str, Series]:
@@ -166,4 +168,5 @@ def _series(x: np.ndarray, intervals: Sequence[Interval]) -> Series:
     np.asarray([interval.mean for interval in intervals]),
     np.asarray([interval.low for interval in intervals]),
     np.asarray([interval.high for interval in intervals]),
+    np.asarray([interval.count for interval in intervals]),
   )

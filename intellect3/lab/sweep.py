@@ -20,20 +20,22 @@ def baseline(losses: Sequence[str]) -> str:
 
 
 def run(
-  problem: policy.Problem,
+  problems: Sequence[policy.Problem],
   losses: Mapping[str, training.LossFn],
   *,
   cells: Sequence[training.Cell],
-  seeds: int,
   settings: training.Settings,
   report: Callable[[str], None] = print,
 ) -> dict[str, training.Run]:
-  """Trains with each loss in turn and reports the seconds each took (compilation included)."""
+  """Trains with each loss in turn and reports the seconds each took (compilation included).
+
+  Args, Raises: as in `training.train`, which see for the pairing of seeds and problems.
+  """
   runs = {}
   for name, loss_fn in losses.items():
     begin = time.monotonic()
-    runs[name] = training.train(problem, loss_fn, cells=cells, seeds=seeds, settings=settings)
-    report(f"{name}: {len(cells)} x {seeds} runs in {time.monotonic() - begin:.0f} s")
+    runs[name] = training.train(problems, loss_fn, cells=cells, settings=settings)
+    report(f"{name}: {len(cells)} x {len(problems)} runs in {time.monotonic() - begin:.0f} s")
   return runs
 
 
@@ -47,9 +49,9 @@ def average_return(run: training.Run) -> np.ndarray:
   return run.returns_CSE.mean(axis=2)
 
 
-def collapsed(returns: Mapping[str, np.ndarray], reference: float) -> dict[str, np.ndarray]:
-  """Which runs ended below half of the reference, the return of on-policy training: bool [C, S]."""
-  return {loss: final_CS < COLLAPSE * reference for loss, final_CS in returns.items()}
+def collapsed(returns: Mapping[str, np.ndarray], reference_S: np.ndarray) -> dict[str, np.ndarray]:
+  """Which runs ended below half of the reference, their seed's on-policy return: bool [C, S]."""
+  return {loss: final_CS < COLLAPSE * reference_S for loss, final_CS in returns.items()}
 
 
 def unique(cells: Sequence[training.Cell]) -> list[training.Cell]:
@@ -94,6 +96,14 @@ def series(
 ) -> dict[str, statistics.Series]:
   """Lines with 95% intervals of arrays [K, S] by loss; see `points`."""
   return statistics.by_staleness(points(values, places))
+
+
+def against(
+  values: Mapping[str, np.ndarray], places: Sequence[float]
+) -> dict[str, statistics.Series]:
+  """Lines of the differences to `baseline`'s, paired by seed; see `points`."""
+  measured = points(values, places)
+  return statistics.by_staleness(statistics.differences(measured, baseline(list(values))))
 
 
 def counts(

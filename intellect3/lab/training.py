@@ -2,7 +2,8 @@
 
 Place in the ring: in the lab, the exact half's train loop. Step n starts from version n-1 and is
 fed by version n-1-staleness (version 0 until there is one), as in the real loop. A run is one
-compiled scan, mapped over the cells of a sweep and over seeds; return and entropy are exact.
+compiled scan, mapped over the cells of a sweep and over seeds, each with a problem of its own, so
+that an interval over seeds is one over problems too; return and entropy are exact.
 """
 
 import dataclasses
@@ -88,46 +89,46 @@ class Run(NamedTuple):
 
 
 def train(
-  problem: policy.Problem,
+  problems: Sequence[policy.Problem],
   loss_fn: LossFn,
   *,
   cells: Sequence[Cell],
-  seeds: int,
   settings: Settings,
 ) -> Run:
   """Trains policies with one loss, one per cell and seed.
 
   Args:
-    problem: what is rewarded.
+    problems: what is rewarded, a problem a seed: seed s, counted from 0, trains on problems[s].
+      A number draws the same random keys for every loss and cell, so that differences between
+      losses are paired. `[problem] * S` is S seeds of one problem.
     loss_fn: of `intellect3.losses.policy_gradient` or of their signature.
     cells: all are run at once.
-    seeds: independent runs, numbered from 0; a number draws the same random keys for every loss
-      and cell, so that differences between losses are paired.
     settings: steps, batch, optimizer, mismatch.
 
   Raises:
-    ValueError: where there is no cell, a staleness is below 0, or seeds is below 1.
+    ValueError: where there is no cell, a staleness is below 0, or there is no problem, or their
+      shapes differ.
   """
   if not cells or min(cell.staleness for cell in cells) < 0:
     raise ValueError(f"cells: expected stalenesses of at least 0, got {list(cells)}")
-  if seeds < 1:
-    raise ValueError(f"seeds: expected at least 1, got {seeds}")
-  one = functools.partial(_run, problem, loss_fn, settings)
-  over_both = jax.jit(jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None)))
+  stacked = policy.stack(problems)
+  one = functools.partial(_run, loss_fn, settings)
+  over_seeds = jax.vmap(one, in_axes=(None, 0, 0))
+  over_both = jax.jit(jax.vmap(over_seeds, in_axes=(0, None, None)))
   table = Cell(
     staleness=jnp.asarray([cell.staleness for cell in cells], jnp.int32),
     learning_rate=jnp.asarray([cell.learning_rate for cell in cells], jnp.float32),
     mismatch=jnp.asarray([cell.mismatch for cell in cells], jnp.float32),
   )
-  run = over_both(table, jnp.arange(seeds))
+  run = over_both(table, stacked, jnp.arange(len(problems)))
   return jax.tree.map(np.asarray, run)
 
 
 def _run(
-  problem: policy.Problem,
   loss_fn: LossFn,
   settings: Settings,
   cell: Cell,
+  problem: policy.Problem,
   seed: jax.Array,
 ) -> Run:
   optimizer = settings.optimizer(cell.learning_rate)

@@ -1,5 +1,7 @@
 """Bias and variance of corrections against sums in float64 and finite differences."""
 
+import collections
+import dataclasses
 import functools
 import itertools
 
@@ -11,6 +13,7 @@ from intellect3.lab import corrections, estimators, mismatch, policy, training
 from intellect3.losses import policy_gradient
 
 PROBLEM = policy.make_problem(prompts=2, vocabulary=3, length=2, features=3, solved_share=0.3)
+OTHER = policy.make_problem(prompts=2, vocabulary=3, length=2, features=3, solved_share=0.3, seed=1)
 RANDOM = np.random.default_rng(0)
 TARGET = RANDOM.normal(size=(3, 3)).astype(np.float32)
 BEHAVIOUR = TARGET + 2 * RANDOM.normal(size=(3, 3)).astype(np.float32)
@@ -143,19 +146,46 @@ SETTINGS = training.Settings(steps=4, evaluate_every=1, mismatch=mismatch.gaussi
 def test_a_study_looks_at_the_pairs_of_a_run():
   cells = [training.Cell(0, 0.3), training.Cell(2, 0.3), training.Cell(0, 0.3, 0.5)]
   loss_fn = corrections.ALL["reinforce"]
+  problems = [PROBLEM, OTHER]
   got = estimators.study(
-    PROBLEM, {"reinforce": loss_fn}, cells=cells, seeds=2, steps=[2, 4], settings=SETTINGS
+    problems, {"reinforce": loss_fn}, cells=cells, steps=[2, 4], settings=SETTINGS
   )["reinforce"]
   assert got.bias.shape == (3, 2)
   assert np.all(got.bias[0] < 1e-4)
   assert np.all(got.bias[2] > 1e-3)  # the server differs
-  run = training.train(PROBLEM, loss_fn, cells=[training.Cell(0, 0.3)], seeds=2, settings=SETTINGS)
-  of = jax.jit(functools.partial(estimators.estimate, PROBLEM, loss_fn))
-  for seed in range(2):
+  run = training.train(problems, loss_fn, cells=[training.Cell(0, 0.3)], settings=SETTINGS)
+  of = jax.jit(functools.partial(estimators.estimate, loss_fn=loss_fn))
+  for seed, problem in enumerate(problems):
     versions = run.weights[0, seed]
-    pairs = [(versions[n], policy.logits(PROBLEM, versions[n - 2])) for n in (2, 4)]
-    want = np.mean([of(*pair).bias for pair in pairs])
-    np.testing.assert_allclose(got.bias[1, seed], want, rtol=1e-4)
+    pairs = [(versions[n], policy.logits(problem, versions[n - 2])) for n in (2, 4)]
+    want = [
+      of(problem, weights_DV=weights, server_logits_MTPV=server).bias for weights, server in pairs
+    ]
+    np.testing.assert_allclose(got.bias[1, seed], np.mean(want), rtol=1e-4)
+
+
+def test_a_study_draws_a_mismatch_for_each_pair_and_the_same_for_all_losses():
+  drawn = []
+
+  def recorded(logits, key, amount):
+    jax.debug.callback(
+      lambda data, amount: drawn.append((*data.tolist(), float(amount))),
+      jax.random.key_data(key),
+      amount,
+    )
+    return logits + amount
+
+  estimators.study(
+    [PROBLEM, OTHER],
+    {name: corrections.ALL[name] for name in ("reinforce", "masked_importance")},
+    cells=[training.Cell(0, 0.3, 0.5), training.Cell(0, 0.3, 0.25)],
+    steps=[2, 4],
+    settings=dataclasses.replace(SETTINGS, mismatch=recorded),
+  )
+  jax.effects_barrier()
+  of_study = collections.Counter(draw[:-1] for draw in drawn if draw[-1] != 0)
+  # 2 cells x 2 seeds x 2 versions, each key once a loss.
+  assert len(of_study) == 8 and set(of_study.values()) == {2}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +197,7 @@ def test_a_study_looks_at_the_pairs_of_a_run():
 )
 def test_a_study_that_cannot_be_raises(cells, message):
   with pytest.raises(ValueError, match=message):
-    estimators.study(PROBLEM, {}, cells=cells, seeds=1, steps=[2, 4], settings=SETTINGS)
+    estimators.study([PROBLEM], {}, cells=cells, steps=[2, 4], settings=SETTINGS)
 
 
 def test_the_reference_weighs_by_its_own_segment():

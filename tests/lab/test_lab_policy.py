@@ -108,6 +108,21 @@ def test_a_problem_that_cannot_be_raises(arguments, message):
 LOGITS = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
 
 
+def test_problems_of_an_experiment_differ_and_stack():
+  shape = {"prompts": 2, "vocabulary": 3, "length": 3, "features": 4, "solved_share": 0.2}
+  first, second = problems = policy.make_problems(2, **shape)
+  assert np.array_equal(first.features_MTPD, PROBLEM.features_MTPD)  # seeds count from 0
+  assert not np.array_equal(first.rewards_MS, second.rewards_MS)
+  assert not np.array_equal(first.features_MTPD, second.features_MTPD)
+  stacked = policy.stack(problems)
+  assert stacked.rewards_MS.shape == (2, 2, 27)
+  got = jax.vmap(policy.expected_return, in_axes=(0, None))(stacked, WEIGHTS)
+  want = [policy.expected_return(problem, WEIGHTS) for problem in problems]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+    policy.make_problems(0, **shape)
+
+
 @pytest.mark.parametrize("function", [mismatch.bfloat16, mismatch.gaussian, mismatch.outliers(3.0)])
 def test_no_amount_of_mismatch_is_exactly_none(function):
   assert np.array_equal(function(jnp.asarray(LOGITS), jax.random.key(0), 0.0), LOGITS)

@@ -10,7 +10,8 @@ from intellect3.lab import mismatch, policy, sweep, training
 from intellect3.lab.training import Cell
 from intellect3.losses import policy_gradient
 
-PROBLEM = policy.make_problem(prompts=2, vocabulary=3, length=2, features=4, solved_share=0.3)
+SHAPE = {"prompts": 2, "vocabulary": 3, "length": 2, "features": 4, "solved_share": 0.3}
+PROBLEMS = policy.make_problems(2, **SHAPE)
 STEPS = 6
 
 
@@ -34,7 +35,7 @@ CELLS = [Cell(0, 5.0), Cell(2, 5.0), Cell(0, 5.0, 0.4), Cell(0, 0.0)]
 
 @pytest.fixture(scope="module")
 def run():
-  return training.train(PROBLEM, watched_loss, cells=CELLS, seeds=2, settings=SETTINGS)
+  return training.train(PROBLEMS, watched_loss, cells=CELLS, settings=SETTINGS)
 
 
 @pytest.mark.parametrize(("cell", "staleness"), [(0, 0), (1, 2)])
@@ -44,9 +45,9 @@ def test_step_n_is_sampled_by_version_n_minus_1_minus_staleness(run, cell, stale
   keys = jax.random.split(jax.random.key(seed), STEPS)
   for step in range(1, STEPS + 1):
     behaviour = run.weights[cell, seed, max(step - 1 - staleness, 0)]
-    logits = policy.logits(PROBLEM, behaviour)
+    logits = policy.logits(PROBLEMS[seed], behaviour)
     tokens = policy.sample(logits, prompts, jax.random.split(keys[step - 1])[1])
-    trainer = policy.logits(PROBLEM, run.weights[cell, seed, step - 1])
+    trainer = policy.logits(PROBLEMS[seed], run.weights[cell, seed, step - 1])
     for name, who in (("inference_logprobs", logits), ("logprobs", trainer)):
       seen = run.metrics[name][cell, seed, step - 1]
       np.testing.assert_allclose(seen, policy.logprobs(who, prompts, tokens), atol=1e-5)
@@ -75,7 +76,7 @@ def test_returns_are_those_of_the_evaluated_versions(run):
   assert SETTINGS.evaluated.tolist() == [0, 2, 4, 6]
   assert run.returns_CSE.shape == run.entropies_CSE.shape == (4, 2, 4)
   for place, version in enumerate(SETTINGS.evaluated):
-    want = policy.expected_return(PROBLEM, run.weights[0, 1, version])
+    want = policy.expected_return(PROBLEMS[1], run.weights[0, 1, version])
     np.testing.assert_allclose(run.returns_CSE[0, 1, place], want, rtol=1e-5)
 
 
@@ -86,17 +87,26 @@ def test_a_learning_rate_of_zero_changes_nothing(run):
 def test_seeds_differ_and_losses_share_them(run):
   assert not np.array_equal(run.weights[0, 0], run.weights[0, 1])
   # A cell is the same whatever stands beside it, and the first batch whatever the loss.
-  alone = training.train(PROBLEM, watched_loss, cells=CELLS[1:2], seeds=1, settings=SETTINGS)
+  alone = training.train(PROBLEMS[:1], watched_loss, cells=CELLS[1:2], settings=SETTINGS)
   np.testing.assert_allclose(alone.weights[0, 0], run.weights[1, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_seed_has_a_problem_of_its_own(run):
+  # The first run is one of each problem; here both seeds have the second.
+  same = training.train(PROBLEMS[1:] * 2, watched_loss, cells=CELLS[:1], settings=SETTINGS)
+  np.testing.assert_allclose(same.weights[0, 1], run.weights[0, 1], rtol=1e-4, atol=1e-5)
+  assert np.abs(same.weights[0, 0] - run.weights[0, 0]).max() > 0.05
+  # Its samples are its own as well.
+  assert np.abs(same.weights[0, 0] - same.weights[0, 1]).max() > 0.05
 
 
 def test_it_learns():
   settings = training.Settings(steps=60, group=8, evaluate_every=60)
   run = training.train(
-    PROBLEM, policy_gradient.reinforce_loss, cells=[Cell(0, 0.2)], seeds=2, settings=settings
+    PROBLEMS, policy_gradient.reinforce_loss, cells=[Cell(0, 0.2)], settings=settings
   )
   begin, end = run.returns_CSE[0].T
-  np.testing.assert_allclose(begin, PROBLEM.rewards_MS.mean(), rtol=1e-5)
+  np.testing.assert_allclose(begin, [problem.rewards_MS.mean() for problem in PROBLEMS], rtol=1e-5)
   assert np.all(end > 0.9)
 
 
@@ -105,10 +115,22 @@ def test_it_learns():
   [
     (lambda: training.Settings(steps=0), "steps: expected at least 1, got 0"),
     (lambda: training.Settings(steps=10, evaluate_every=3), "evaluate_every: expected a divisor"),
-    (lambda: training.train(PROBLEM, None, cells=[], seeds=1, settings=SETTINGS), "cells"),
-    (lambda: training.train(PROBLEM, None, cells=CELLS, seeds=0, settings=SETTINGS), "seeds"),
+    (lambda: training.train(PROBLEMS, None, cells=[], settings=SETTINGS), "cells"),
     (
-      lambda: training.train(PROBLEM, None, cells=[Cell(-1, 1.0)], seeds=1, settings=SETTINGS),
+      lambda: training.train([], None, cells=CELLS, settings=SETTINGS),
+      "problems: expected problems of one shape, got none",
+    ),
+    (
+      lambda: training.train(
+        [*PROBLEMS, policy.make_problem(**(SHAPE | {"features": 5}))],
+        None,
+        cells=CELLS,
+        settings=SETTINGS,
+      ),
+      r"problems: expected problems of one shape, got \[\(2, 2, 4, 4\), \(2, 2, 4, 5\)\]",
+    ),
+    (
+      lambda: training.train(PROBLEMS, None, cells=[Cell(-1, 1.0)], settings=SETTINGS),
       "stalenesses of at least 0",
     ),
   ],
@@ -121,7 +143,7 @@ def test_what_cannot_be_run_raises(make, message):
 def test_reading_a_sweep(run):
   told = []
   runs = sweep.run(
-    PROBLEM, {"a": watched_loss}, cells=CELLS, seeds=2, settings=SETTINGS, report=told.append
+    PROBLEMS, {"a": watched_loss}, cells=CELLS, settings=SETTINGS, report=told.append
   )
   assert told[0].startswith("a: 4 x 2 runs in ")
   finals = {name: sweep.final_return(run) for name, run in runs.items()}
@@ -139,9 +161,16 @@ def test_lines_of_a_sweep():
   lines = sweep.series(values, [0, 4])
   assert lines["a"].mean.tolist() == [2, 5] and lines["a"].x.tolist() == [0, 4]
   assert sweep.means(values).tolist() == [[2, 5], [0, 0.2]]
-  assert sweep.collapsed(values, 0.4)["b"].tolist() == [[True, True], [True, False]]
-  counted = sweep.counts(sweep.collapsed(values, 0.4), [0, 4])
-  assert counted["b"].mean.tolist() == [2, 1] and counted["a"].mean.tolist() == [0, 0]
+  # Half of each seed's own reference: 0.2 and 0.4.
+  failed = sweep.collapsed(
+    {**values, "b": np.array([[0.3, 0.3], [0.1, 0.5]])}, np.array([0.4, 0.8])
+  )
+  assert failed["b"].tolist() == [[False, True], [True, False]]
+  counted = sweep.counts(failed, [0, 4])
+  assert counted["b"].mean.tolist() == [1, 1] and counted["a"].mean.tolist() == [0, 0]
+  ahead = sweep.against({"masked_importance": values["b"], "a": values["a"]}, [0, 4])
+  assert list(ahead) == ["a"]
+  np.testing.assert_allclose(ahead["a"].mean, [2, 4.8])
   turned = sweep.beside({"new": lines, "old": lines})
   assert list(turned) == ["a", "b"] and list(turned["b"]) == ["new", "old"]
   assert turned["b"]["old"] is lines["b"]

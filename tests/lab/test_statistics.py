@@ -60,6 +60,8 @@ def test_points_become_lines_in_the_order_of_the_losses():
   # two values 1 and 3: s = sqrt(2), t(0.975, 1) = 12.706205
   np.testing.assert_allclose(lines["b"].high, [5, 2 + 12.706205], rtol=1e-6)
   assert np.isnan(lines["a"].low).all()
+  assert lines["b"].counts.tolist() == [2, 2] and lines["a"].counts.tolist() == [1]
+  assert statistics.exact([0, 1], [2.0, 3.0]).counts.tolist() == [0, 0]
 
 
 def test_over_seeds_averages_seeds_not_places():
