@@ -62,9 +62,10 @@ def token_mean(
       `axis_name` too. 0 is taken for 1.
     num_sequences: not read.
     axis_name: mesh axes over which rows are split inside `shard_map`: sums cross them. With a
-      denominator it may be left out; the results are then this shard's share of the sum. Where the
-      gradient itself is taken inside a `shard_map` with `check_vma=False`, leave it out: jax then
-      transposes the sum over shards to a sum, and the gradient is too large by their number.
+      denominator it may be left out; the results are then this shard's share of the sum. Leave it
+      out, and give the denominator, where the gradient itself is taken inside a `shard_map` with
+      `check_vma=False` or a `vmap` with an axis name: jax transposes the sum over shards to a sum
+      there, and the gradient would be too large by their number.
 
   Returns:
     Scalar, float32 or wider.
@@ -73,6 +74,7 @@ def token_mean(
     ValueError: inside `shard_map` neither `denominator` nor `axis_name` is given.
   """
   del segment_ids, num_sequences
+  checks.tokens(mask, values=values)
   return total(masked(values, mask), axis_name) / token_count(mask, denominator, axis_name)
 
 
@@ -111,13 +113,14 @@ def sequence_mean(
       "num_sequences: expected the trajectories of the whole batch where denominator is given "
       "(sequence_mean cannot count those of other micro-batches and shards), got None"
     )
+  checks.tokens(mask, values=values)
   lengths = jnp.maximum(segments.segment_count(mask, segment_ids), 1)
   if num_sequences is None:
     require_axis(mask, axis_name)
     shares = masked(jnp.ones(mask.shape, values.dtype), mask) / lengths
     num_sequences = total(shares, axis_name)
   else:
-    checks.scalar("num_sequences", num_sequences)
+    checks.count("num_sequences", num_sequences)
   return total(masked(values, mask) / lengths, axis_name) / _or_one(num_sequences)
 
 
@@ -149,6 +152,7 @@ def constant(
       is of one shard, and it is not given.
   """
   del segment_ids, num_sequences
+  checks.tokens(mask, values=values)
   checks.at_least("divisor", divisor, 0.0, above=True)
   if denominator is None:
     require_axis(mask, axis_name)
@@ -177,7 +181,7 @@ def without_padding(
     return masked(logprobs, loss_mask), loss_mask
   checks.segment_ids(segment_ids, loss_mask)
   mask = loss_mask & (segment_ids != 0)
-  known = (segment_ids >= 0) & (segment_ids <= loss_mask.shape[1])
+  known = segments.numbers(segment_ids) <= loss_mask.shape[1]
   return masked(jnp.where(known, logprobs, jnp.nan), mask), mask
 
 
@@ -199,7 +203,7 @@ def token_count(
   if denominator is None:
     require_axis(mask, axis_name)
     return _or_one(total(mask.astype(jnp.float32), axis_name))
-  checks.scalar("denominator", denominator)
+  checks.count("denominator", denominator)
   return _or_one(denominator)
 
 

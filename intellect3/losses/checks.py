@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def tokens(loss_mask: jax.Array, **floating: jax.Array) -> None:
@@ -68,7 +69,7 @@ def at_least(name: str, value: Any, least: float, *, above: bool = False) -> Non
   if isinstance(value, jax.Array):
     scalar(name, value)
     return
-  number = float(value) if isinstance(value, numbers.Real) and value is not True else math.nan
+  number = _number(value)
   if not (number > least if above else number >= least):
     raise ValueError(f"{name}: expected {'above' if above else 'at least'} {least}, got {value!r}")
 
@@ -97,7 +98,7 @@ def finite(name: str, value: Any) -> None:
   """Raises ValueError where a hyperparameter that is not traced is not a finite number."""
   if isinstance(value, jax.Array):
     scalar(name, value)
-  elif not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+  elif not math.isfinite(_number(value)):
     raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
@@ -105,3 +106,27 @@ def function(name: str, value: Any, which: str) -> None:
   """Raises ValueError where an argument is not a function."""
   if not callable(value):
     raise ValueError(f"{name}: expected a function, {which}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+  """Raises ValueError where an option is not True or False."""
+  if not isinstance(value, bool | np.bool_):
+    raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def count(name: str, value: Any) -> None:
+  """Checks a global count: a scalar, and not negative where it is known at trace time.
+
+  Raises:
+    ValueError: it is not so.
+  """
+  scalar(name, value)
+  if not isinstance(value, jax.core.Tracer) and not _number(value) >= 0:
+    raise ValueError(f"{name}: expected a scalar of at least 0, got {value!r}")
+
+
+def _number(value: Any) -> float:
+  """A number of Python's or of a library's, also as an array without axes; else NaN."""
+  if isinstance(value, bool) or not (isinstance(value, numbers.Real) or hasattr(value, "dtype")):
+    return math.nan
+  return float(value) if np.ndim(value) == 0 else math.nan

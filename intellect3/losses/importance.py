@@ -68,6 +68,7 @@ def sequence_ratio(
   Returns:
     float32 [B, T], at most e^20; 1 in a trajectory without a masked token.
   """
+  checks.tokens(mask, log_ratios=log_ratios)
   return ratio(segments.segment_mean(log_ratios, mask, segment_ids))
 
 
@@ -102,6 +103,7 @@ def effective_sample_size(
   Returns:
     float32 scalar, in tokens; 0 where no token takes part or all weigh nothing.
   """
+  checks.tokens(mask, ratios=ratios)
   aggregation.require_axis(mask, axis_name)
   weights = aggregation.masked(ratios, mask)
   first = aggregation.total(weights, axis_name)
@@ -138,13 +140,14 @@ def masked_share(
   Returns:
     float32 scalar.
   """
+  checks.same_shape("removed", removed, mask)
   return aggregation.token_mean(
     removed.astype(jnp.float32), mask, denominator=denominator, axis_name=axis_name
   )
 
 
 def quantiles(values: jax.Array, mask: jax.Array, probabilities: Sequence[float]) -> jax.Array:
-  """Quantiles of the masked values, linearly interpolated as NumPy's default does.
+  """Quantiles of the masked values, linearly interpolated as NumPy's default does for finite ones.
 
   Sorts the batch: for diagnosis, not for every step of a large run.
 
@@ -164,6 +167,8 @@ def quantiles(values: jax.Array, mask: jax.Array, probabilities: Sequence[float]
     if not 0 <= probability <= 1:
       raise ValueError(f"probabilities: expected numbers in [0, 1], got {probability}")
   wide = aggregation.masked(values, mask)
+  if not wide.size:
+    return jnp.full(len(probabilities), jnp.nan, wide.dtype)
   ordered_N = jnp.sort(jnp.where(mask, wide, jnp.inf).reshape(-1))
   count = jnp.sum(mask)
   place_Q = jnp.asarray(probabilities, ordered_N.dtype) * (count - 1)

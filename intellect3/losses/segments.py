@@ -22,11 +22,12 @@ import jax.numpy as jnp
 
 from intellect3.losses import checks
 
-BLOCK = 64
-"""Tokens that are taken as one where they lie in one segment."""
+BLOCKS = (64, 16)
+"""Tokens that are taken as one where they lie in one segment: the most that a batch allows."""
 
 MIXED = 8
-"""One block in so many of a row may lie in several: 128 blocks of 65,536 tokens."""
+"""One block in so many of a row may lie in several segments. A row of 65,536 tokens may hold 128
+trajectories, or 512 with the smaller blocks, at that speed."""
 
 
 def segment_sum(
@@ -87,12 +88,12 @@ def _sums(values: jax.Array, mask: jax.Array, segment_ids: jax.Array | None) -> 
 
 
 def _counts(mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  ones = jnp.ones(mask.shape, jnp.float32)
+  ones = jnp.ones(jnp.shape(mask), jnp.float32)
   return _tabulate(ones, mask, segment_ids, jnp.sum, jax.ops.segment_sum, 0)
 
 
 class _Blocks(NamedTuple):
-  """A row's tokens, BLOCK at a time.
+  """A row's tokens, K at a time.
 
   Attributes:
     numbers_BNK: unsigned, the ids.
@@ -107,25 +108,42 @@ class _Blocks(NamedTuple):
   fit: jax.Array
 
 
-def _numbers(segment_ids: jax.Array) -> jax.Array:
+def numbers(segment_ids: jax.Array) -> jax.Array:
   """The ids, unsigned: one outside [0, T], a negative one too, lies behind every table."""
   checks.integers("segment_ids", segment_ids)
-  wide = segment_ids.dtype.itemsize == 8
-  return segment_ids.astype(jnp.uint64 if wide else jnp.uint32)
+  if segment_ids.dtype.itemsize < 8:
+    return segment_ids.astype(jnp.uint32)
+  return jnp.minimum(segment_ids.astype(jnp.uint64), 2**32 - 1).astype(jnp.uint32)
 
 
-def _blocks(numbers: jax.Array) -> _Blocks | None:
-  """None where rows are too short, or no whole number of blocks."""
-  rows, length = numbers.shape
-  most = length // BLOCK // MIXED
-  if length % BLOCK or not most:
-    return None
-  numbers_BNK = numbers.reshape(rows, -1, BLOCK)
+def _blocks(numbers_BT: jax.Array, size: int) -> _Blocks:
+  numbers_BNK = numbers_BT.reshape(len(numbers_BT), -1, size)
   uniform_BN = jnp.all(numbers_BNK == numbers_BNK[:, :, :1], axis=2)
   nowhere = uniform_BN.shape[1]
+  most = nowhere // MIXED
   find = lambda uniform_N: jnp.nonzero(~uniform_N, size=most, fill_value=nowhere)[0]  # noqa: E731
   fit = jnp.all(jnp.sum(~uniform_BN, axis=1) <= most)
   return _Blocks(numbers_BNK, uniform_BN, jax.vmap(find)(uniform_BN), fit)
+
+
+def _by_largest_blocks(
+  numbers_BT: jax.Array,
+  by_block: Callable[[_Blocks], jax.Array],
+  by_token: Callable[[], jax.Array],
+) -> jax.Array:
+  """The way of the largest blocks of which no row has too many that lie in several segments."""
+  way = by_token
+  for size in sorted(BLOCKS):
+    if numbers_BT.shape[1] >= size * MIXED:
+      blocks = _blocks(numbers_BT, size)
+      way = functools.partial(jax.lax.cond, blocks.fit, functools.partial(by_block, blocks), way)
+  return way()
+
+
+def _padded(array: jax.Array, fill: jax.typing.ArrayLike) -> jax.Array:
+  """[B, T] made so long that it is whole blocks of every size."""
+  rest = -array.shape[1] % max(BLOCKS)
+  return jnp.pad(array, ((0, 0), (0, rest)), constant_values=fill) if rest else array
 
 
 def _take(table: jax.Array, at: jax.Array, fill: jax.typing.ArrayLike) -> jax.Array:
@@ -142,22 +160,20 @@ def _tabulate(
   identity: float,
 ) -> jax.Array:
   """[B, T + 1], the reduction of each segment at its id; [B, 1] without ids."""
+  checks.tokens(mask, values=values)
   if segment_ids is None:
-    return over(jnp.where(mask, values, identity), axis=1, keepdims=True)
+    return over(jnp.where(mask, values, identity), axis=1, keepdims=True, initial=identity)
   checks.same_shape("segment_ids", segment_ids, values)
   rows, length = values.shape
-  numbers = _numbers(segment_ids)
-  blocks = _blocks(numbers)
+  numbers_BT = _padded(numbers(segment_ids), length + 1)
+  values, mask = _padded(values, identity), _padded(mask, False)
   scatter = jax.vmap(functools.partial(over_segments, num_segments=length + 1))
 
-  # Masked inside of the branches, where it fuses with what they do.
+  # Masked inside of the ways, where it fuses with what they do.
   def by_token() -> jax.Array:
-    return scatter(jnp.where(mask, values, identity), numbers)
+    return scatter(jnp.where(mask, values, identity), numbers_BT)
 
-  if blocks is None:
-    return by_token()
-
-  def by_block() -> jax.Array:
+  def by_block(blocks: _Blocks) -> jax.Array:
     values_BNK = jnp.where(mask, values, identity).reshape(blocks.numbers_BNK.shape)
     whole_BN = jnp.where(blocks.uniform_BN, over(values_BNK, axis=2), identity)
     rest_BMK = _take(values_BNK, blocks.mixed_BM, identity)
@@ -167,28 +183,25 @@ def _tabulate(
       jnp.concatenate([blocks.numbers_BNK[:, :, 0], of_rest_BMK.reshape(rows, -1)], axis=1),
     )
 
-  return jax.lax.cond(blocks.fit, by_block, by_token)
+  return _by_largest_blocks(numbers_BT, by_block, by_token)
 
 
 def _at_tokens(table: jax.Array, like: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """[B, T], each token's entry of what `_tabulate` made; NaN where its id is outside."""
   if segment_ids is None:
     return jnp.broadcast_to(table, like.shape)
-  numbers = _numbers(segment_ids)
-  blocks = _blocks(numbers)
+  length = like.shape[1]
+  numbers_BT = _padded(numbers(segment_ids), 0)
 
   def by_token() -> jax.Array:
-    return _take(table, numbers, jnp.nan)
+    return _take(table, numbers_BT, jnp.nan)
 
-  if blocks is None:
-    return by_token()
-
-  def by_block() -> jax.Array:
+  def by_block(blocks: _Blocks) -> jax.Array:
     whole_BN = _take(table, blocks.numbers_BNK[:, :, 0], jnp.nan)
-    of_rest_BMK = _take(blocks.numbers_BNK, blocks.mixed_BM, like.shape[1] + 1)
+    of_rest_BMK = _take(blocks.numbers_BNK, blocks.mixed_BM, 0)
     rest_BMK = _take(table, of_rest_BMK, jnp.nan)
     every_BNK = jnp.broadcast_to(whole_BN[:, :, None], blocks.numbers_BNK.shape)
     put = jax.vmap(lambda every, at, rest: every.at[at].set(rest, mode="drop"))
-    return put(every_BNK, blocks.mixed_BM, rest_BMK).reshape(like.shape)
+    return put(every_BNK, blocks.mixed_BM, rest_BMK).reshape(numbers_BT.shape)
 
-  return jax.lax.cond(blocks.fit, by_block, by_token)
+  return _by_largest_blocks(numbers_BT, by_block, by_token)[:, :length]

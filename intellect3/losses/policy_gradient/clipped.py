@@ -82,7 +82,7 @@ def clipped_loss(
   bound = jnp.where(
     high, 1 + clip_high, jnp.where(low, 1 - clip_low, 0.0 if dual_clip is None else dual_clip)
   )
-  weights = jnp.where(out, bound, terms.kept_ratio(log_ratios, ~out))
+  weights = jnp.where(out, bound, importance.ratio(log_ratios))
   if proximal is not None:
     behaviour = importance.ratio(proximal - batch.inference_logprobs)
     weights = weights * (

@@ -60,7 +60,7 @@ def geometric_masked_loss(
   means = importance.sequence_ratio(log_ratios, batch.mask, segment_ids)
   out = batch.mask & ((means < ratio_low) | (means > ratio_high))
   if ratio_max is None:
-    weighted = terms.kept_ratio(batch.log_ratios, ~out)
+    weighted = importance.ratio(batch.log_ratios)
   else:
     weighted = jnp.minimum(importance.ratio(log_ratios), ratio_max) * batch.logprobs
   loss = batch.total(jnp.where(out, 0, -weighted * batch.advantages))

@@ -59,5 +59,5 @@ def masked_importance_loss(
   smallest = segments.segment_min(ratios, batch.mask, segment_ids)
   sequence_out = batch.mask & (smallest < sequence_ratio_min)
   keep = ~(out | sequence_out)
-  kept = jnp.where(keep, terms.kept_ratio(batch.log_ratios, keep), 0)
+  kept = jnp.where(keep, importance.ratio(batch.log_ratios), 0)
   return batch.total(-kept * batch.advantages), batch.metrics(out, sequence_out)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from intellect3.losses import aggregation, checks
+from intellect3.losses import aggregation, checks, importance
 from intellect3.losses.policy_gradient import terms
 
 
@@ -53,6 +53,8 @@ def probability_difference_loss(
   checks.at_least("difference_low", difference_low, 0.0)
   checks.at_least("difference_high", difference_high, 0.0)
   checks.at_least("kl_tau", kl_tau, 0.0)
+  checks.finite("kl_tau", kl_tau)
+  checks.flag("by_sign", by_sign)
   batch = terms.prepare(
     logprobs, inference_logprobs, advantages, loss_mask, segment_ids, denominator, num_sequences,
     aggregate, axis_name,
@@ -63,7 +65,7 @@ def probability_difference_loss(
   if by_sign:
     high, low = high & (batch.advantages > 0), low & (batch.advantages <= 0)
   out = high | low
-  kept = jnp.where(out, 0, terms.kept_ratio(batch.log_ratios, ~out))
+  kept = jnp.where(out, 0, importance.ratio(batch.log_ratios))
   penalty = jnp.square(batch.log_ratios)
   return batch.total(-kept * batch.advantages + kl_tau * penalty), {
     **batch.metrics(out),

@@ -52,6 +52,7 @@ def sequence_ratio_loss(
   checks.at_least("clip_low", clip_low, 0.0)
   checks.at_most("clip_low", clip_low, 1.0)
   checks.at_least("clip_high", clip_high, 0.0)
+  checks.flag("token_level", token_level)
   batch = terms.prepare(
     logprobs, inference_logprobs, advantages, loss_mask, segment_ids, denominator, num_sequences,
     aggregate, axis_name,

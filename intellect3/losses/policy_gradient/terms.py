@@ -43,7 +43,7 @@ class Terms:
 
   def total(self, values: jax.Array) -> jax.Array:
     """The loss of per-token values, by the aggregation that the caller chose."""
-    return self.aggregate(
+    loss = self.aggregate(
       values,
       self.mask,
       segment_ids=self.segment_ids,
@@ -51,6 +51,8 @@ class Terms:
       num_sequences=self.num_sequences,
       axis_name=self.axis_name,
     )
+    checks.scalar("aggregate", loss)
+    return loss
 
   def mean(self, values: jax.Array) -> jax.Array:
     """A metric: the mean of per-token values over the batch's loss-masked tokens."""
@@ -109,7 +111,8 @@ def prepare(
     inference_logprobs: floating [B, T], the behaviour policy's, as the server recorded them.
     advantages: floating [B, T], the advantage of each token (that of its rollout, as a rule).
     loss_mask: bool [B, T], the tokens trained on. What the arrays hold where it is False never
-      matters, be it NaN. A NaN where it is True is not dropped: it makes the loss NaN.
+      matters, be it NaN. A NaN where it is True is not dropped: it makes the loss NaN. Infinite
+      logprobs there are as wrong, but show as NaN or inf in some losses only.
     segment_ids: integer [B, T], the trajectory of each token within its row, in [0, T] and in any
       order, 0 for padding, which is never trained on; None means one trajectory a row. An id
       outside [0, T] makes the loss NaN.
@@ -120,7 +123,9 @@ def prepare(
       `aggregation.sequence_mean` reads it.
     aggregate: how tokens become the loss: of `aggregation`. Metrics are always token means.
     axis_name: mesh axes over which rows are split inside `shard_map`. Needed where no denominator
-      is given; with one, leaving it out gives this shard's share, and shares add up.
+      is given; with one, leaving it out gives this shard's share, and shares add up. A gradient
+      taken inside a `vmap` with an axis name, or a `shard_map` with `check_vma=False`, has to do
+      without it: see `aggregation.token_mean`.
 
   Returns:
     The terms.
@@ -148,11 +153,3 @@ def prepare(
     num_sequences=num_sequences,
     axis_name=axis_name,
   )
-
-
-def kept_ratio(log_ratios: jax.Array, keep: jax.Array) -> jax.Array:
-  """`r` where kept, with gradient, else 1 without.
-
-  exp of a log ratio that is not kept may be inf, and 0 * inf would be NaN in the gradient.
-  """
-  return importance.ratio(jnp.where(keep, log_ratios, 0))
