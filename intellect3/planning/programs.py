@@ -73,8 +73,9 @@ def make(job: Job, name: str, mesh: Mesh) -> Program:
   if name not in names_of(job):
     raise ValueError(f"program: expected one of {names_of(job)}, got {name!r}")
   placement.check_rows(mesh, micro_rows=job.micro_rows, row_length=job.row_length)
+  scores = job.reference if name == "logprobs" else None
   with jax.set_mesh(mesh):
-    config = kernel_choice.resolve(job.model)
+    config = kernel_choice.resolve(scores or job.model)
   # Shapes do not depend on the kernels, and one for a GPU refuses to be traced without it.
   shaped = dataclasses.replace(config, attention="plain", grouped_matmul="dense")
   batch = abstract_batch(job, mesh, config, reference=name == "rl_step")
@@ -89,7 +90,7 @@ def make(job: Job, name: str, mesh: Mesh) -> Program:
     )
     shardings = layout.param_shardings(shaped, mesh, job.rules)
     params = _placed(transformer.abstract(shaped)[0], shardings)
-    return Program(name, config, _jitted(function), params, batch, mesh)
+    return Program(name, config, jitted(function), params, batch, mesh)
   shardings = layout.state_shardings(shaped, job.optimizer, mesh, job.rules)
   train_step = step.make_train_step(
     config,
@@ -104,7 +105,7 @@ def make(job: Job, name: str, mesh: Mesh) -> Program:
   state = states.abstract(
     lambda: transformer.init(shaped, jax.random.key(0)), job.optimizer, shardings
   )
-  return Program(name, config, _jitted(function), state, batch, mesh)
+  return Program(name, config, jitted(function), state, batch, mesh)
 
 
 def abstract_batch(
@@ -156,7 +157,7 @@ def _placed(shapes: Any, shardings: Any) -> Any:
   )
 
 
-def _jitted(call: Callable[..., Any]) -> Any:
+def jitted(call: Callable[..., Any]) -> Any:
   """The jitted function inside what `layout` returns: only it can be lowered without its data."""
   inside = [f for f in inspect.getclosurevars(call).nonlocals.values() if hasattr(f, "lower")]
   if len(inside) != 1:

@@ -6,7 +6,7 @@ import pytest
 
 from intellect3.planning import hlo, memory
 
-MODULE = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[4,8]{1,0})->f32[8]{0}}
+MODULE = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[4,8])->f32[8]}
 
 FileNames
 1 "/somewhere/site-packages/flax/scan.py"
@@ -138,7 +138,7 @@ def test_what_xla_writes_is_read_whole():
 
 
 def test_residuals_of_a_scan_are_what_its_layers_keep():
-  """grad of 6 checkpointed layers over f32[4, 32] keeps each layer's input: 6 * 4 * 32 * 4 bytes."""
+  """grad of 6 checkpointed layers over f32[4, 32] keeps each one's input: 6 * 4 * 32 * 4 bytes."""
 
   def loss(ws, x):
     layer = jax.checkpoint(lambda x, w: (jnp.tanh(jnp.tanh(x @ w) @ w), None))
