@@ -3,11 +3,13 @@
 Place: `test_losses_sharding.py` starts it and reads the names of the checks it prints.
 """
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from intellect3.losses import segments
+from intellect3.losses import importance, segments
 from tests.losses import losses_batches as batches
 from tests.losses import losses_house as house
 
@@ -16,6 +18,8 @@ ROWS = PartitionSpec("rows")
 WHOLE = PartitionSpec()
 # The denominators are not read by the losses themselves: one of each mean is enough.
 GIVEN = ("masked_importance", "sequence_ratio", "reinforce-constant_mean")
+# (axis_name, check_vma), and how many times the gradient is that of the batch.
+INSIDE = ((None, True, 1), ("rows", True, 1), (None, False, 1), ("rows", False, SHARDS))
 
 
 def mesh(names=("rows",), shape=(SHARDS,)):
@@ -53,12 +57,16 @@ def raises(case, arrays, specs=ROWS, axis_name=None, over=None, check_vma=True):
   mapped = jax.shard_map(
     one, mesh=over or mesh(), in_specs=specs, out_specs=specs, check_vma=check_vma
   )
+  refused(mapped, arrays["logprobs"], house.arguments(case, arrays))
+
+
+def refused(mapped, *arguments):
   try:
-    jax.eval_shape(mapped, arrays["logprobs"], house.arguments(case, arrays))
+    jax.eval_shape(mapped, *arguments)
   except ValueError as error:
     assert "axis_name: expected" in str(error), error
     return
-  raise AssertionError(f"{case}: a count of some shards was taken for the batch's")
+  raise AssertionError("a count of some shards was taken for the batch's")
 
 
 def main():
@@ -74,22 +82,25 @@ def main():
       case, arrays, sharded(case), house.denominators(case, arrays), f"{case} global denominators"
     )
     whole = house.run(case, arrays, **house.denominators(case, arrays))
-    for axis_name, losses in ((None, 1), ("rows", SHARDS)):
-      loss, gradient = inside(case, axis_name)(
+    for axis_name, checked, times in INSIDE:
+      loss, gradient = inside(case, axis_name, checked)(
         arrays["logprobs"], house.arguments(case, arrays), house.denominators(case, arrays)
       )
+      losses = SHARDS if axis_name else 1  # each shard's share, or the whole in each
       np.testing.assert_allclose(np.sum(loss), losses * whole.loss, rtol=2e-5, atol=1e-6)
-      house.close(gradient, whole.gradient, err_msg=f"{case} {axis_name}")
+      house.close(gradient, times * whole.gradient, err_msg=f"{case} {axis_name} {checked}")
     print("ok inside", case.name, flush=True)
   long_rows()
   two_axes()
   unchecked()
+  measures()
 
 
-def inside(case, axis_name):
+def inside(case, axis_name, check_vma):
   """The gradient taken inside `shard_map`, of the row that a device has, by global denominators.
 
-  Without `axis_name` the loss is this shard's share, and nothing crosses shards.
+  Without `axis_name` the loss is this shard's share, and nothing crosses shards. With it, and
+  nothing that tells jax what is split, a psum is transposed to a psum (see `terms.prepare`).
   """
 
   def one(logprobs, arrays, given):
@@ -97,12 +108,13 @@ def inside(case, axis_name):
     (loss, _), gradient = house.plain(case)(logprobs, given)
     return loss[None], gradient
 
-  return jax.jit(jax.shard_map(one, mesh=mesh(), in_specs=(ROWS, ROWS, WHOLE), out_specs=ROWS))
+  specs = {"in_specs": (ROWS, ROWS, WHOLE), "out_specs": ROWS, "check_vma": check_vma}
+  return jax.jit(jax.shard_map(one, mesh=mesh(), **specs))
 
 
 def long_rows():
   """Where sums over segments go by blocks, each device decides for its own row how."""
-  length = 2 * segments.BLOCK * segments.MIXED
+  length = 2 * max(segments.BLOCKS) * segments.MIXED
   long, short = (
     batches.batch(3, length=length, packed=packed) for packed in ((2, length // 2), (40, 30))
   )
@@ -127,6 +139,32 @@ def unchecked():
   case, arrays = house.DEFAULTS[1], batches.batch(6)
   raises(case, arrays, check_vma=False)
   print("ok unchecked", flush=True)
+
+
+def measures():
+  """What `importance` says of a batch, of shards that differ; without names it raises."""
+  rng = np.random.default_rng(0)
+  scale = np.array([1, 3, 0.1, 20], np.float32)[:, None]
+  ratios = scale * rng.exponential(1, (SHARDS, 9)).astype(np.float32)
+  mask = rng.random((SHARDS, 9)) < np.array([0.9, 0.2, 0.6, 0.4])[:, None]
+  kept = ratios[mask].astype(np.float64)
+  size = kept.sum() ** 2 / (kept**2).sum()
+  for name, wanted, arguments in (
+    ("effective_sample_size", size, (ratios, mask)),
+    ("effective_sample_share", size / mask.sum(), (ratios, mask)),
+    ("masked_share", (kept > 1).mean(), (ratios > 1, mask)),
+  ):
+    measure = getattr(importance, name)
+    for checked in (True, False):
+      split = functools.partial(jax.shard_map, mesh=mesh(), in_specs=ROWS, check_vma=checked)
+      found = split(functools.partial(measure, axis_name="rows"), out_specs=WHOLE)(*arguments)
+      np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+      refused(split(lambda *given: measure(*given)[None], out_specs=ROWS), *arguments)  # noqa: B023
+  found = split(
+    functools.partial(importance.masked_share, axis_name="rows", denominator=100.0), out_specs=WHOLE
+  )(*arguments)
+  np.testing.assert_allclose(found, (kept > 1).sum() / 100, rtol=1e-5)
+  print("ok measures", flush=True)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,40 @@ def test_component_denominators_serve_the_terms_without_weights_too():
   np.testing.assert_allclose(metrics["rl_loss"], -2 * 2 / 8, rtol=1e-6)
 
 
+def test_of_metrics_of_one_name_the_first_terms_is_told():
+  """rl before ce before ref_kl, each over its own tokens: ratios of 2, 3, 5 and 7."""
+  logprobs = np.log(np.float32([[2, 3, 5, 7]]))
+
+  def also(name):
+    """The term, which says of its tokens what the cross-entropy says of its own."""
+
+    def loss(logprobs, *rest, **common):
+      common.pop("ref_logprobs", None)
+      value, told = policy_gradient.reinforce_loss(logprobs, *rest, **common)
+      return value, {**told, "negative_log_likelihood": told["importance_ratio"], name: value}
+
+    return loss
+
+  call = functools.partial(
+    components.weighted_sum_loss, logprobs, 0 * ONE, ONE, ONE > 0,
+    rl_weights=np.float32([[1, 1, 0, 0]]), ce_weights=np.float32([[0, 0, 1, 0]]),
+    ref_kl_weights=np.float32([[0, 0, 1, 1]]), ref_logprobs=ONE,
+    rl_loss=also("rl_only"), ref_kl_loss=also("ref_kl_only"),
+  )  # fmt: skip
+  every = {"rl_only", "ref_kl_only"}
+  for (rl, ce, ref_kl), ratio, nats, only in (
+    ((1.0, 1.0, 1.0), 2.5, 2.5, every),
+    ((1.0, 0.0, 1.0), 2.5, 2.5, every),
+    ((0.0, 1.0, 1.0), 6.0, -np.log(5), {"ref_kl_only"}),
+    ((0.0, 0.0, 1.0), 6.0, 6.0, {"ref_kl_only"}),
+    ((1.0, 1.0, 0.0), 2.5, 2.5, {"rl_only"}),
+  ):
+    _, metrics = call(rl_coefficient=rl, ce_coefficient=ce, ref_kl_coefficient=ref_kl)
+    np.testing.assert_allclose(metrics["importance_ratio"], ratio, rtol=1e-6)
+    np.testing.assert_allclose(metrics["negative_log_likelihood"], nats, rtol=1e-6)
+    assert metrics.keys() & every == only
+
+
 def test_wrong_use_is_named():
   call = functools.partial(components.weighted_sum_loss, -ONE, -ONE, ONE, ONE > 0)
   with pytest.raises(ValueError, match=r"ref_logprobs: expected .*, got None"):

@@ -136,3 +136,27 @@ def test_named_vmap_counts_over_its_axis(case):
   for name, value in whole.metrics.items():
     np.testing.assert_allclose(metrics[name], [value] * 4, rtol=RTOL, atol=1e-6, err_msg=name)
   house.close(gradient, whole.gradient)
+
+
+INSIDE = ("masked_importance", "sequence_ratio", "weighted_sum", "reinforce-constant_mean")
+
+
+@pytest.mark.parametrize(
+  "case", [case for case in house.PROPERTIES if case.name in INSIDE], ids=str
+)
+def test_a_gradient_inside_a_named_vmap(case):
+  """By global denominators: a lane's own without `axis_name`, and with it as many times as lanes.
+
+  jax transposes the sum over lanes to a sum over lanes; `terms.prepare` says so.
+  """
+  arrays = batches.batch(6)
+  given = house.denominators(case, arrays)
+  whole = house.run(case, arrays, **given)
+  rows = jax.tree.map(lambda array: array[:, None], house.arguments(case, arrays))
+  for axis_name, times in ((None, 1), ("lane", batches.ROWS)):
+
+    def lane(logprobs, rest, axis_name=axis_name):
+      return house.plain(case)(logprobs, {**rest, **given, "axis_name": axis_name})[1]
+
+    gradient = jax.jit(jax.vmap(lane, axis_name="lane"))(arrays["logprobs"][:, None], rows)
+    house.close(gradient[:, 0], times * whole.gradient, err_msg=str(axis_name))

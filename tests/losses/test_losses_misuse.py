@@ -2,10 +2,11 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intellect3.losses import aggregation, kl, policy_gradient
+from intellect3.losses import aggregation, components, kl, policy_gradient
 from tests.losses import losses_batches as batches
 from tests.losses import losses_house as house
 
@@ -98,6 +99,8 @@ WRONG = [
   (policy_gradient.sequence_ratio_loss, "clip_low", {"clip_low": -1e-4}),
   (policy_gradient.sequence_ratio_loss, "clip_high", {"clip_high": NAN}),
   (policy_gradient.sequence_ratio_loss, "old_logprobs", {"old_logprobs": OLD[0]}),
+  (policy_gradient.sequence_ratio_loss, "token_level", {"token_level": "x"}),
+  (policy_gradient.sequence_ratio_loss, "token_level", {"token_level": 1}),
   (policy_gradient.cispo_loss, "ratio_low", {"ratio_low": 6.0}),
   (policy_gradient.cispo_loss, "ratio_low", {"ratio_low": -1.0}),
   (policy_gradient.cispo_loss, "ratio_high", {"ratio_high": NAN}),
@@ -105,10 +108,19 @@ WRONG = [
   (policy_gradient.probability_difference_loss, "difference_low", {"difference_low": -0.2}),
   (policy_gradient.probability_difference_loss, "difference_high", {"difference_high": NAN}),
   (policy_gradient.probability_difference_loss, "kl_tau", {"kl_tau": -1e-3}),
+  (policy_gradient.probability_difference_loss, "kl_tau", {"kl_tau": float("inf")}),
+  (policy_gradient.probability_difference_loss, "by_sign", {"by_sign": "no"}),
+  (policy_gradient.probability_difference_loss, "by_sign", {"by_sign": None}),
   (policy_gradient.geometric_masked_loss, "ratio_low", {"ratio_low": 11.0}),
   (policy_gradient.geometric_masked_loss, "ratio_low", {"ratio_low": -0.1}),
   (policy_gradient.geometric_masked_loss, "ratio_high", {"ratio_high": NAN}),
   (policy_gradient.geometric_masked_loss, "ratio_max", {"ratio_max": 0.0}),
+  (policy_gradient.cispo_loss, "ratio_high", {"ratio_high": np.ones(1, np.float32)}),
+  (policy_gradient.cispo_loss, "ratio_high", {"ratio_high": np.asarray(NAN)}),
+  (policy_gradient.clipped_loss, "clip_low", {"clip_low": np.asarray(1.1)}),
+  (policy_gradient.clipped_loss, "clip_high", {"clip_high": np.float32(-0.1)}),
+  (policy_gradient.clipped_loss, "clip_high", {"clip_high": "0.2"}),
+  (policy_gradient.clipped_loss, "clip_high", {"clip_high": True}),
   (kl.reverse_kl_loss, "ratio_max", {"ratio_max": -1.0, "ref_logprobs": OLD}),
   (kl.reverse_kl_loss, "ratio_max", {"ratio_max": NAN, "ref_logprobs": OLD}),
   (kl.penalty_loss, "estimator", {"estimator": "k3", "ref_logprobs": OLD}),
@@ -120,6 +132,40 @@ def test_hyperparameters(loss_fn, name, options):
   arrays = {field: batches.batch(0)[field] for field in ("logprobs", *house.COMMON)}
   with pytest.raises(ValueError, match=rf"{name}: expected .*, (got|since)"):
     loss_fn(**arrays, **options)
+
+
+RIGHT = [
+  (policy_gradient.masked_importance_loss, {"ratio_low": 0.7, "ratio_high": 1.5}),
+  (policy_gradient.truncated_importance_loss, {"ratio_max": 1.25}),
+  (policy_gradient.clipped_loss, {"clip_low": 0.1, "clip_high": 0.5, "dual_clip": 3.0}),
+  (policy_gradient.sequence_ratio_loss, {"clip_low": 0.1, "clip_high": 0.5}),
+  (policy_gradient.cispo_loss, {"ratio_low": 0.75, "ratio_high": 1.5}),
+  (policy_gradient.probability_difference_loss, {"difference_low": 0.1, "kl_tau": 0.25}),
+  (policy_gradient.geometric_masked_loss, {"ratio_low": 0.75, "ratio_max": 1.5}),
+  (functools.partial(kl.reverse_kl_loss, ref_logprobs=OLD), {"ratio_max": 1.5}),
+  (functools.partial(components.weighted_sum_loss, ref_logprobs=OLD), {"ref_kl_coefficient": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("loss_fn", "options"), RIGHT)
+def test_hyperparameters_may_be_numbers_of_a_library(loss_fn, options):
+  """As they come from a sweep over an array, or from a schedule; the same as Python's."""
+  arrays = {field: batches.batch(0)[field] for field in ("logprobs", *house.COMMON)}
+  wanted, _ = loss_fn(**arrays, **options)
+  for kind in (np.float32, np.float64, np.asarray, jnp.float32):
+    found, _ = loss_fn(**arrays, **{name: kind(value) for name, value in options.items()})
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=str(kind))
+    assert found.dtype == np.float32
+
+
+def test_an_option_may_be_a_bool_of_numpy():
+  arrays = {field: batches.batch(0)[field] for field in ("logprobs", *house.COMMON)}
+  for by_sign in (True, False):
+    wanted, found = (
+      policy_gradient.probability_difference_loss(**arrays, by_sign=kind(by_sign))[0]
+      for kind in (bool, np.bool_)
+    )
+    assert found == wanted
 
 
 def test_both_bounds_are_told():

@@ -25,4 +25,5 @@ def test_every_loss_over_four_devices():
     "ok long rows",
     "ok two axes",
     "ok unchecked",
+    "ok measures",
   ]
