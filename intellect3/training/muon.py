@@ -109,7 +109,10 @@ def divide(
       share.insert(0, axis)
       devices *= size
   each = -(-matrices // devices)
-  rounds = -(-each // max(1, ROUND_BYTES // matrix_bytes))
+  fewest = -(-each // max(1, ROUND_BYTES // matrix_bytes))
+  # Rounds that all are full need no padding; a few more of them are worth that.
+  full = (rounds for rounds in range(fewest, 2 * fewest) if each % rounds == 0)
+  rounds = next(full, fewest)
   return Division(tuple(exchange), tuple(share), rounds, -(-each // rounds))
 
 
@@ -139,19 +142,21 @@ def scale_by_muon(
     del params
     moments = optax.tree.update_moment(grads, state.momentum, momentum, 1)
     count = optax.safe_increment(state.updates)
-    ahead = jax.tree.map(
-      lambda moment, grad: momentum * moment + (1 - momentum) * grad,
-      optax.tree.bias_correction(moments, momentum, optax.safe_increment(count)),
-      optax.tree.bias_correction(grads, momentum, count),
-    )
-
-    def direction(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
-      matrix = matrix_of(path)
-      turned = orthogonalise(leaf, matrix, steps=steps, dtype=dtype)
-      fans = _fans(leaf.shape, matrix)
-      return turned.astype(leaf.dtype) * (consistent_rms * math.sqrt(max(fans)))
-
-    return jax.tree_util.tree_map_with_path(direction, ahead), State(count, moments)
+    of_moment = 1 - momentum ** (count + 1).astype(jnp.float32)
+    of_grad = 1 - momentum ** count.astype(jnp.float32)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(grads)
+    turned: list[jax.Array] = []
+    for (path, grad), moment in zip(leaves, jax.tree.leaves(moments), strict=True):
+      if turned:  # one stack after the other: the copies of each are freed before the next
+        of_moment, turned[-1] = jax.lax.optimization_barrier((of_moment, turned[-1]))
+      ahead = momentum * (moment / of_moment) + (1 - momentum) * (grad / of_grad)
+      turned.append(orthogonalise(ahead, matrix_of(path), steps=steps, dtype=dtype))
+    scaled = [
+      update.astype(grad.dtype)
+      * (consistent_rms * math.sqrt(max(_fans(grad.shape, matrix_of(path)))))
+      for update, (path, grad) in zip(turned, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, scaled), State(count, moments)
 
   return optax.GradientTransformation(init, update)
 
@@ -220,12 +225,14 @@ def newton_schulz(x: jax.Array, *, steps: int) -> jax.Array:
   squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True)
   x = (x / (jnp.sqrt(squares) + EPS)).astype(x.dtype)
   tall = x.shape[-2] > x.shape[-1]
-  for _ in range(steps):
+
+  def step(_: Any, x: jax.Array) -> jax.Array:
     y = jnp.swapaxes(x, -2, -1)
     gram = multiply(y, x) if tall else multiply(x, y)
     polynomial = b * gram + c * multiply(gram, gram)
-    x = a * x + (multiply(x, polynomial) if tall else multiply(polynomial, x))
-  return x
+    return a * x + (multiply(x, polynomial) if tall else multiply(polynomial, x))
+
+  return jax.lax.fori_loop(0, steps, step, x)  # a loop compiles five times as fast
 
 
 def matrix_of(path: Sequence[Any]) -> Matrix:
@@ -313,5 +320,6 @@ def _rounds(
       x = jax.lax.all_gather(x, division.share, tiled=True)
     return x.reshape(rounds.shape[1:])
 
-  turned = one(rounds[0]) if division.rounds == 1 else jax.lax.map(one, rounds)
+  # In place: a round's result takes the place of its matrices.
+  turned = jax.lax.fori_loop(0, division.rounds, lambda n, x: x.at[n].set(one(x[n])), rounds)
   return turned.reshape(slots, *block)[: len(flat)].reshape(local.shape)

@@ -38,8 +38,9 @@ def test_every_layout_of_eight_devices_gives_the_updates_of_one():
     # One device: rounds of at most 4 matrices, evenly filled.
     (3, {}, {}, ((), (), 1, 3)),
     (9, {}, {}, ((), (), 3, 3)),
-    # 45 layers of 16 experts over 16 devices: 45 matrices each; of one, one each.
-    (720, {"fsdp": 16}, {}, (("fsdp",), (), 12, 4)),
+    # 45 layers of 16 experts over 16 devices: 45 matrices each, in full rounds; of one, one each.
+    (720, {"fsdp": 16}, {}, (("fsdp",), (), 15, 3)),
+    (37, {}, {}, ((), (), 10, 4)),  # a prime number of matrices is not worth 37 rounds
     (45, {"fsdp": 64}, {"expert": 8}, (("fsdp",), (), 1, 1)),
     # 45 matrices over 16 devices are 3 each: replicas bring it to 1, and more would bring nothing.
     (45, {"fsdp": 16}, {"expert": 8}, (("fsdp",), ("expert",), 1, 1)),
@@ -160,7 +161,7 @@ print(json.dumps({
 def test_on_128_h200_no_stack_is_gathered_and_no_float32_travels():
   """A gathered stack of experts is 61 GiB in bfloat16; a device's own part of it, 0.5 GiB."""
   compiled = deviceless.run(H200)
-  assert compiled["temporaries"] < 2.5 * 2**30
+  assert compiled["temporaries"] < 1.5 * 2**30
   assert compiled["dtypes"] == ["bf16"]
   assert compiled["kinds"] == ["all-gather", "all-to-all"]  # q's results, over `expert`
 
