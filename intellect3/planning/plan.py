@@ -220,22 +220,21 @@ def float32_weights(program: Program, line: schedule.Timeline) -> list[dict[str,
   if program.config.dtype == "float32":
     return []
   params = program.first.params if hasattr(program.first, "params") else program.first
-  sizes: dict[int, str] = {}
+  sizes: dict[int, list[str]] = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if leaf.ndim < 2 or "router" in name:
       continue  # the router computes in float32
     for entries in (leaf.size, leaf.size // leaf.shape[0]) if "layers" in name else (leaf.size,):
-      sizes.setdefault(entries, name)
+      sizes.setdefault(entries, []).append(name)
   found: dict[str, dict[str, Any]] = {}
   for event in line.events:
     if event.collective.kind != "all-gather":
       continue
     for array in event.collective.arrays:
       if array.dtype == "f32" and array.elements in sizes and len(array.dims) > 1:
-        row = found.setdefault(
-          sizes[array.elements], {"weight": sizes[array.elements], "count": 0, "bytes": 0}
-        )
+        weight = " or ".join(sizes[array.elements])
+        row = found.setdefault(weight, {"weight": weight, "count": 0, "bytes": 0})
         row["count"] += event.times
         row["bytes"] += event.times * array.bytes
   return list(found.values())
@@ -288,6 +287,12 @@ def advice(
         f"{job.row_length}), a smaller head_chunk_size (now {job.head_chunk_size}); the biggest "
         "buffers say where"
       )
+  hidden = sum(event.in_unknown_loop for event in line.events)
+  if hidden:
+    lines.append(
+      f"{hidden} collectives stand in loops whose trip count XLA does not know: they send more "
+      "than is counted here"
+    )
   if travelling:
     lines.append("cast parameters to the computation's dtype before they are gathered")
   slow = line.exposed_seconds / max(line.seconds, 1e-12)

@@ -1,0 +1,226 @@
+"""Reports, searches and tables: on a small program compiled here, and on made-up reports."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from intellect3.losses import policy_gradient
+from intellect3.losses.supervised import negative_log_likelihood
+from intellect3.models import presets, transformer
+from intellect3.planning import collectives, hardware, hlo, plan, programs, schedule, search, table
+from intellect3.planning.job import Job, rows_of
+from intellect3.sharding.mesh import make_mesh
+from intellect3.training import flops, optimizer
+
+
+@pytest.fixture(scope="module")
+def job():
+  return Job(
+    model=presets.tiny_qwen3(dtype="bfloat16", remat_policy="full"),
+    optimizer=optimizer.adamw(learning_rate=1e-3),
+    rl_loss=policy_gradient.masked_importance_loss,
+    sft_loss=negative_log_likelihood,
+    row_length=32,
+    micro_rows=1,
+    rows=2,
+    trajectory_tokens=16,
+    head_chunk_size=32,
+  )
+
+
+@pytest.fixture(scope="module")
+def device():
+  return hardware.load("cpu")
+
+
+@pytest.fixture(scope="module")
+def compiled(job):
+  program = programs.make(job, "rl_step", make_mesh(fsdp=1, devices=jax.devices()[:1]))
+  return program, program.lower().compile()
+
+
+@pytest.fixture(scope="module")
+def report(job, compiled, device):
+  return plan.report(job, *compiled, device)
+
+
+def test_state_and_arithmetic_are_counted(job, report):
+  """AdamW holds two moments a parameter; six operations a weight and token, and attention's."""
+  shapes, _ = transformer.abstract(job.model)
+  entries = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  held = {name: round(value * 2**30) for name, value in report["memory"].items()}
+  assert held["parameters_gib"] == 4 * entries
+  assert 0 <= held["optimizer_gib"] - 8 * entries < 64  # and counts of steps
+  # 64 tokens, four trajectories of 16: 136 pairs each; 4 heads of 16.
+  weights = flops.active_matmul_params(job.model)
+  assert report["flops_per_step"] == 6 * weights * 64 + 12 * 2 * 4 * 16 * 4 * 136
+  assert report["fits"] and report["faults"] == []
+  assert report["memory"]["peak_gib"] == report["peak_gib"] > report["memory"]["temporaries_gib"]
+
+
+def test_predicted_mfu_is_arithmetic_over_time_and_rate(report, device):
+  best = report["flops_per_step"] / device.matrix_rate["bf16"]
+  assert report["predicted_mfu"] == pytest.approx(best / report["predicted_step_seconds"])
+
+
+def test_the_layers_inputs_are_the_activations(job, report):
+  """With remat_policy full, two layers keep 1 x 32 tokens of width 64 in bfloat16 each."""
+  least = 2 * 32 * 64 * 2
+  assert least <= report["memory"]["activations_gib"] * 2**30 <= 2 * least  # XLA's CPU may widen
+
+
+def test_what_does_not_fit_says_what_to_change(job, compiled, device):
+  peak = plan.report(job, *compiled, device)["peak_gib"] * 2**30
+  small = dataclasses.replace(device, memory=int(peak))
+  report = plan.report(job, *compiled, small, margin=0.1)
+  assert not report["fits"]
+  assert "more than the" in report["faults"][0] and "GiB that are usable" in report["faults"][0]
+  assert any("more devices on fsdp (now 1)" in line for line in report["advice"])
+  assert plan.report(job, *compiled, small, margin=0.0)["fits"]
+
+
+def event(kind, *arrays, times=1):
+  one = collectives.Collective("c", kind, arrays, ((0, 1),), ("fsdp",), False)
+  return schedule.Event(one, times, 1.0, 1.0, False, "")
+
+
+@pytest.mark.parametrize(
+  ("kind", "array", "weight"),
+  [
+    ("all-gather", ("f32", (264, 64)), "embedding"),
+    ("all-gather", ("f32", (64, 128)), "dense_layers/mlp/"),  # one layer of the stack
+    ("all-gather", ("bf16", (264, 64)), None),
+    ("all-gather", ("f32", (65, 64)), None),  # of no weight's size
+    ("all-reduce", ("f32", (264, 64)), None),  # a gradient
+  ],
+)
+def test_float32_weights_that_travel_are_found(compiled, kind, array, weight):
+  line = schedule.Timeline(events=[event(kind, hlo.Shape(*array), times=3)])
+  found = plan.float32_weights(compiled[0], line)
+  if weight is None:
+    assert found == []
+  else:
+    size = array[1][0] * array[1][1] * 4
+    assert len(found) == 1 and weight in found[0]["weight"]
+    assert (found[0]["count"], found[0]["bytes"]) == (3, 3 * size)
+
+
+def test_a_float32_model_moves_float32(compiled):
+  program = compiled[0]._replace(config=dataclasses.replace(compiled[0].config, dtype="float32"))
+  line = schedule.Timeline(events=[event("all-gather", hlo.Shape("f32", (264, 64)))])
+  assert plan.float32_weights(program, line) == []
+
+
+def test_every_layout_that_divides_is_a_candidate(job):
+  assert list(search.layouts(6)) == [
+    {"data": 1, "fsdp": 6},
+    {"data": 2, "fsdp": 3},
+    {"data": 3, "fsdp": 2},
+    {"data": 6, "fsdp": 1},
+  ]
+  assert len(list(search.layouts(8, ("data", "fsdp", "expert")))) == 10
+  found = search.candidates(dataclasses.replace(job, rows=8), 4)
+  assert {(one.mesh["data"], one.mesh["fsdp"], one.micro_rows) for one in found} == {
+    (data, 4 // data, micro) for data in (1, 2, 4) for micro in (4, 8)
+  }
+
+
+def test_a_search_ranks_what_fits_first(job, device, monkeypatch):
+  seconds = {1: 3.0, 2: 1.0, 4: 2.0}  # by the size of `data`; 2 does not fit
+
+  def fake(candidate, devices, hardware, **options):
+    data = candidate.mesh["data"]
+    if candidate.micro_rows == 8:
+      raise ValueError("params: expected embed to divide\nmore")
+    return {
+      "fits": data != 2,
+      "faults": [],
+      "peak_gib": 1.0,
+      "predicted_mfu": 0.5,
+      "predicted_step_seconds": seconds[data],
+      "limited_by": "matrix",
+      "mesh": candidate.mesh,
+    }
+
+  monkeypatch.setattr(plan, "plan", fake)
+  monkeypatch.setattr(search, "make_mesh", lambda **sizes: None)
+  said = []
+  found = search.search(
+    dataclasses.replace(job, rows=8), [None] * 4, device, program="rl_step", say=said.append
+  )
+  order = [(row["mesh"]["data"], row.get("error")) for row in found["ranking"][:4]]
+  assert order == [(4, None), (1, None), (2, None), (1, "params: expected embed to divide")]
+  assert found["mesh"] == {"data": 4, "fsdp": 1}
+  assert said[0] == "layout 1 of 6: {'data': 1, 'fsdp': 4}, micro_rows 4"
+
+
+def test_a_table_says_all_of_it(job, report, device):
+  row = {
+    "kind": "all-gather",
+    "dtype": "bf16",
+    "axes": ["fsdp"],
+    "link": "outer",
+    "count": 3,
+    "bytes": 2e9,
+    "wire_bytes": 1e9,
+    "seconds": 0.5,
+    "exposed_seconds": 0.25,
+    "in_unknown_loops": 1,
+  }
+  one = {**report, "collectives": [row], "compile_seconds": 7.0, "unknown_loops": ["a/while"]}
+  whole = {
+    "target": "cpu",
+    "device_kind": "cpu",
+    "devices": 8,
+    "mesh": {"data": 1, "fsdp": 8},
+    "rows": 2,
+    "row_length": 32,
+    "micro_rows": 1,
+    "programs": {"rl_step": one},
+    "fits": False,
+    "faults": ["rl_step: too much"],
+    "advice": ["more devices"],
+  }
+  text = table.table(whole)
+  assert text.startswith("8 x cpu (cpu), fsdp 8: 2 rows of 32 tokens a step, 1 at once")
+  assert table.CPU_NOTE in text and "DOES NOT FIT" in text
+  assert "fault: rl_step: too much" in text and "advice: more devices" in text
+  line = next(line for line in text.splitlines() if "all-gather" in line)
+  assert line.split() == ["all-gather", "bf16", "fsdp", "outer", "3+", "2.000", "0.5000", "0.2500"]
+
+
+@pytest.mark.parametrize(
+  ("tokens", "counts", "rows"),
+  [(100, None, 4), (96, None, 4), (65, None, 4), (64, None, 2), (1, None, 2), (999, (2, 6), 6)],
+)
+def test_rows_of_a_batch(tokens, counts, rows):
+  assert rows_of(tokens, row_length=32, micro_rows=2, row_counts=counts) == rows
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("rows", 3, "rows: expected a multiple of micro_rows = 2, got 3"),
+    ("trajectory_tokens", 64, "trajectory_tokens: expected at most row_length = 32, got 64"),
+    ("mesh", {"model": 2}, r"mesh: expected axes of .* got \['model'\]"),
+    ("row_length", 0, "row_length: expected at least 1, got 0"),
+  ],
+)
+def test_a_bad_job_is_named(job, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(job, **{"micro_rows": 2, field: value})
+
+
+def test_hardware_is_read_and_checked(tmp_path):
+  assert hardware.load("h200").memory > hardware.load("h100").memory
+  with pytest.raises(ValueError, match=r"target: expected one of .* got 'a100'"):
+    hardware.load("a100")
+  text = hardware.FILE.read_text()
+  file = tmp_path / "mine.toml"
+  file.write_text(text.replace("link_share = 0.75", "link_share = 1.75", 1))
+  with pytest.raises(ValueError, match=r"link_share: expected a share from 0 to 1, got 1.75"):
+    hardware.load("h100", file)
+  file.write_text(text.replace("launch = 3e-6", "lunch = 3e-6", 1))
+  with pytest.raises(ValueError, match=r"mine.toml, h100: .*'lunch'"):
+    hardware.load("h100", file)
