@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 
-from intellect3.planning import target
 from intellect3.sharding import mesh as meshes
 from intellect3.sharding import topology
 from tests.kernels import deviceless
@@ -129,4 +128,3 @@ print(json.dumps({
 def test_the_512_gpus_of_a_plan_are_laid_out_by_their_nodes():
   found = deviceless.run(DEVICELESS)
   assert found == {"crossing": ["data", "fsdp"], "first": [0] * 8}
-  assert target.NODE == 8
