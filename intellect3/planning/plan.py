@@ -153,7 +153,7 @@ def report(
     "unknown_loops": list(module.unknown_loops()),
     "biggest_buffers": [buffer._asdict() for buffer in memory.biggest(module)],
     "faults": faults,
-    "advice": advice(job, program, held, usable, line, travelling),
+    "advice": advice(job, program, held, usable, line, travelling, seconds),
   }
 
 
@@ -260,6 +260,7 @@ def advice(
   usable: float,
   line: schedule.Timeline,
   travelling: Sequence[Any],
+  seconds: float,
 ) -> list[str]:
   """What to change, where something does not fit or stands still."""
   lines = []
@@ -295,7 +296,7 @@ def advice(
     )
   if travelling:
     lines.append("cast parameters to the computation's dtype before they are gathered")
-  slow = line.exposed_seconds / max(line.seconds, 1e-12)
+  slow = line.exposed_seconds / seconds
   if slow > 0.05:
     worst = max(line.events, key=lambda event: event.times * event.exposed_seconds)
     where = re.sub(r"jit\(\w+\)/|closed_call/|body/|while/", "", worst.source)
