@@ -117,7 +117,12 @@ def divide(
 
 
 def scale_by_muon(
-  *, momentum: float, steps: int, consistent_rms: float, dtype: str | None
+  *,
+  momentum: float,
+  steps: int,
+  consistent_rms: float,
+  dtype: str | None = None,
+  momentum_dtype: str | None = None,
 ) -> optax.GradientTransformation:
   """Muon's direction: Nesterov momentum, orthogonalised and scaled (see `optimizer.muon`).
 
@@ -129,6 +134,8 @@ def scale_by_muon(
     consistent_rms: an update is scaled by this times sqrt(max(fan_in, fan_out)).
     dtype: in which matrices travel and are orthogonalised, of `DTYPES`; None: float32 on CPUs,
       else bfloat16.
+    momentum_dtype: in which the momentum is kept, of `DTYPES`; None: as the parameters. It is
+      rounded after a step has used it.
 
   Returns:
     A transformation of trees that hold matrices only. On a mesh of several devices its update
@@ -136,11 +143,12 @@ def scale_by_muon(
   """
 
   def init(params: Any) -> State:
-    return State(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    return State(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=momentum_dtype))
 
   def update(grads: Any, state: State, params: Any = None) -> tuple[Any, State]:
     del params
-    moments = optax.tree.update_moment(grads, state.momentum, momentum, 1)
+    kept = jax.tree.map(lambda moment, grad: moment.astype(grad.dtype), state.momentum, grads)
+    moments = optax.tree.update_moment(grads, kept, momentum, 1)
     count = optax.safe_increment(state.updates)
     of_moment = 1 - momentum ** (count + 1).astype(jnp.float32)
     of_grad = 1 - momentum ** count.astype(jnp.float32)
@@ -156,7 +164,9 @@ def scale_by_muon(
       * (consistent_rms * math.sqrt(max(_fans(grad.shape, matrix_of(path)))))
       for update, (path, grad) in zip(turned, leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, scaled), State(count, moments)
+    return jax.tree.unflatten(treedef, scaled), State(
+      count, optax.tree.cast(moments, momentum_dtype)
+    )
 
   return optax.GradientTransformation(init, update)
 

@@ -91,6 +91,7 @@ def muon(
   momentum: float = 0.95,
   newton_schulz_steps: int = 5,
   newton_schulz_dtype: str | None = None,
+  momentum_dtype: str | None = None,
   consistent_rms: float = 0.2,
   adam_learning_rate: float | Schedule | None = None,
   b1: float = 0.9,
@@ -114,6 +115,7 @@ def muon(
     newton_schulz_steps: steps of the orthogonalisation.
     newton_schulz_dtype: in which matrices are orthogonalised, and travel for it: float32 or
       bfloat16; None takes float32 on CPUs and bfloat16 elsewhere.
+    momentum_dtype: in which Muon's momentum is kept; None keeps it as the parameters.
     consistent_rms: root mean square of an update at learning rate 1.
     adam_learning_rate: of AdamW; None takes `learning_rate`.
     b1: AdamW's decay of the first moment.
@@ -136,11 +138,10 @@ def muon(
   _check_range("momentum", momentum, 0.0, 1.0)
   if newton_schulz_steps < 1:
     raise ValueError(f"newton_schulz_steps: expected at least 1, got {newton_schulz_steps}")
-  if newton_schulz_dtype not in (None, *directions.DTYPES):
-    raise ValueError(
-      f"newton_schulz_dtype: expected None or one of {directions.DTYPES}, "
-      f"got {newton_schulz_dtype!r}"
-    )
+  dtypes = {"newton_schulz_dtype": newton_schulz_dtype, "momentum_dtype": momentum_dtype}
+  for field, dtype in dtypes.items():
+    if dtype not in (None, *directions.DTYPES):
+      raise ValueError(f"{field}: expected None or one of {directions.DTYPES}, got {dtype!r}")
   if not consistent_rms > 0.0:
     raise ValueError(f"consistent_rms: expected more than 0, got {consistent_rms}")
   update = optax.partition(
@@ -151,6 +152,7 @@ def muon(
           steps=newton_schulz_steps,
           consistent_rms=consistent_rms,
           dtype=newton_schulz_dtype,
+          momentum_dtype=momentum_dtype,
         ),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),

@@ -75,6 +75,23 @@ def test_newton_schulz_is_the_float64_one(shape, dtype, bound):
     assert np.linalg.norm(result - expected) < bound * np.linalg.norm(expected)
 
 
+def test_the_momentum_may_be_kept_in_bfloat16():
+  rng = np.random.default_rng(0)
+  first, second = ({"up": {"kernel": np.float32(rng.normal(size=(4, 6)))}} for _ in range(2))
+  found = {}
+  for dtype in (None, "bfloat16"):
+    made = muon.scale_by_muon(momentum=0.9, steps=2, consistent_rms=1.0, momentum_dtype=dtype)
+    one, state = made.update(first, made.init(first))
+    two, _ = made.update(second, state)
+    found[dtype] = one["up"]["kernel"], state.momentum["up"]["kernel"], two["up"]["kernel"]
+  whole, kept = found[None], found["bfloat16"]
+  np.testing.assert_array_equal(kept[0], whole[0])  # rounded after a step has used it
+  assert kept[1].dtype == jnp.bfloat16 and whole[1].dtype == kept[2].dtype == jnp.float32
+  np.testing.assert_array_equal(kept[1], whole[1].astype(jnp.bfloat16))
+  difference = np.abs(kept[2] - whole[2]).max()
+  assert 0 < difference < 0.02 * np.abs(whole[2]).max()
+
+
 def test_a_zero_matrix_stays_zero():
   assert not np.any(muon.newton_schulz(jnp.zeros((3, 4)), steps=5))
 

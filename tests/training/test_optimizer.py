@@ -192,6 +192,7 @@ def test_bad_values_are_named(make, field, value):
     ("momentum", 1.0),
     ("newton_schulz_steps", 0),
     ("newton_schulz_dtype", "float16"),
+    ("momentum_dtype", "int8"),
     ("consistent_rms", 0.0),
     ("adam_learning_rate", -1.0),
   ],
