@@ -49,6 +49,7 @@ def negative_log_likelihood(
     num_sequences=num_sequences,
     axis_name=axis_name,
   )
+  checks.scalar("aggregate", loss)
   mean = aggregation.token_mean(
     jax.lax.stop_gradient(nats), mask, denominator=count, axis_name=axis_name
   )
