@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import re
+from typing import Any
 
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -92,7 +93,35 @@ def main():
     for leaf, sharding in zip(momentum, jax.tree.leaves(shardings), strict=True):
       assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (sizes, leaf.sharding)
     assert collectives(text) == wanted(table, sizes), (sizes, collectives(text))
+  check_temporaries()
   print("same")
+
+
+def check_temporaries():
+  """No device holds a stack: a quarter is enough for ours, and stock Muon takes all of it."""
+  muon.ROUND_BYTES = 64 * 2**10
+  shape, axes = (128, 64, 128), ("layers", "embed", "mlp")
+  mesh = meshes.make_mesh(fsdp=8)
+  tree = {"up": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+  places = specs.tree_shardings({"up": {"kernel": axes}}, tree, mesh, rules.TRAIN_FSDP)
+  numbers = {"up": {"kernel": optax.contrib.MuonDimensionNumbers(1, 2)}}
+  sizes = []
+  for made in (
+    muon.scale_by_muon(momentum=0.95, steps=5, consistent_rms=0.2),
+    optax.contrib.scale_by_muon(weight_dimension_numbers=numbers),
+  ):
+    # As a step does it, with the momentum where the parameter lies.
+    def update(grads, momentum, made=made):
+      with nn.logical_axis_rules(rules.TRAIN_FSDP):
+        state = made.init(tree)
+        return made.update(grads, type(state)(state[0], momentum, *state[2:]))[0]
+
+    with jax.set_mesh(mesh):
+      jitted = jax.jit(update, in_shardings=(places, places), out_shardings=places)
+      compiled: Any = jitted.lower(tree, tree).compile()
+    sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+  stack = 4 * np.prod(shape)
+  assert sizes[0] < stack / 4 and sizes[1] > stack, (sizes, stack)
 
 
 def updated(table, sizes, params, grads):
