@@ -132,7 +132,8 @@ def report(
     "communication": line.exposed_seconds,
   }
   usable = hardware.memory * (1 - margin)
-  travelling = float32_weights(program, line)
+  on_cpu = mesh.devices.flat[0].platform == "cpu"  # where XLA widens whatever is sent
+  travelling = [] if on_cpu else float32_weights(program, line)
   faults = [*_memory_faults(held, usable), *_weight_faults(travelling)]
   return {
     "fits": held.peak <= usable,
@@ -213,31 +214,52 @@ def collective_rows(line: schedule.Timeline, nodes: Sequence[int]) -> list[dict[
 
 
 def float32_weights(program: Program, line: schedule.Timeline) -> list[dict[str, Any]]:
-  """The float32 arrays of a weight's size that a step gathers, where the model computes in less.
+  """The float32 weights that a step gathers, where the model computes in less.
 
-  A weight is known by its number of entries, whole or one layer of a stack.
+  A gathered array is taken for a weight that is sharded over an axis of the gather and has its
+  dimensions, whole or one layer of a stack, in any order, neighbours merged or not.
   """
   if program.config.dtype == "float32":
     return []
   params = program.first.params if hasattr(program.first, "params") else program.first
-  sizes: dict[int, list[str]] = {}
+  weights: list[tuple[str, tuple[int, ...], set[str]]] = []
   for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if leaf.ndim < 2 or "router" in name:
       continue  # the router computes in float32
-    for entries in (leaf.size, leaf.size // leaf.shape[0]) if "layers" in name else (leaf.size,):
-      sizes.setdefault(entries, []).append(name)
+    axes = set(jax.tree.leaves(tuple(leaf.sharding.spec)))
+    for dims in (leaf.shape, leaf.shape[1:]) if "layers" in name else (leaf.shape,):
+      if len(dims) > 1:
+        weights.append((name, dims, axes))
   found: dict[str, dict[str, Any]] = {}
   for event in line.events:
     if event.collective.kind != "all-gather":
       continue
     for array in event.collective.arrays:
-      if array.dtype == "f32" and array.elements in sizes and len(array.dims) > 1:
-        weight = " or ".join(sizes[array.elements])
+      names = [
+        name
+        for name, dims, axes in weights
+        if array.dtype == "f32" and axes & set(event.collective.axes) and merges(dims, array.dims)
+      ]
+      if names:
+        weight = " or ".join(dict.fromkeys(names))
         row = found.setdefault(weight, {"weight": weight, "count": 0, "bytes": 0})
         row["count"] += event.times
         row["bytes"] += event.times * array.bytes
   return list(found.values())
+
+
+def merges(dims: Sequence[int], into: Sequence[int]) -> bool:
+  """Whether dimensions, in any order and multiplied together at will, are those of `into`."""
+  left = sorted((size for size in dims if size > 1), reverse=True)
+  wanted = sorted((size for size in into if size > 1), reverse=True)
+  if not left:
+    return not wanted
+  first, rest = left[0], left[1:]
+  return any(
+    size % first == 0 and merges(rest, [*wanted[:i], size // first, *wanted[i + 1 :]])
+    for i, size in enumerate(wanted)
+  )
 
 
 def _memory_faults(held: memory.Memory, usable: float) -> list[str]:
@@ -285,8 +307,8 @@ def advice(
     elif held.temporaries > held.peak / 3:
       lines.append(
         f"temporaries take {held.temporaries / GIB:.1f} GiB: shorter rows (row_length, now "
-        f"{job.row_length}), a smaller head_chunk_size (now {job.head_chunk_size}); the biggest "
-        "buffers say where"
+        f"{job.row_length}), a smaller head_chunk_size (now {job.head_chunk_size}), another layout "
+        "or kernel where the biggest buffers are written"
       )
   hidden = sum(event.in_unknown_loop for event in line.events)
   if hidden:

@@ -10,7 +10,8 @@ GIB = 2**30
 CPU_NOTE = (
   "Compiled for fake CPU devices: parameters, optimizer state and batch are exact, and so are the "
   "kinds and axes of collectives that the layout asks for. Temporaries, the peak, dtypes of "
-  "collectives (XLA's CPU widens bfloat16), kernels, overlap and every time are not the target's."
+  "collectives (XLA's CPU widens bfloat16), kernels, overlap and every time are not the target's; "
+  "float32 weights are not looked for."
 )
 
 
