@@ -17,14 +17,14 @@ from jax.experimental import mesh_utils
 def domains(devices: Sequence[Any]) -> list[tuple[int, ...]]:
   """The domain of each device.
 
-  Where the devices know of several slices or partitions (`slice_index`: TPU slices; the nodes or
-  NVLink domains that a multi-process run of GPUs finds), it is that; on one slice of TPUs there is
-  one; else it is the process, which holds a node's devices.
+  Where the devices know of several slices (`slice_index`, newer `partition_index`: TPU slices; the
+  nodes or NVLink domains that a multi-process run of GPUs finds), it is that; on one slice of TPUs
+  there is one; else it is the process, which holds a node's devices.
 
   Args:
-    devices: with `platform` and `process_index`, and `slice_index` where the platform has it.
+    devices: with `platform` and `process_index`, and either index where the platform has it.
   """
-  slices = [getattr(device, "slice_index", None) or 0 for device in devices]
+  slices = [_slice(device) for device in devices]
   if len(set(slices)) > 1 or all(device.platform == "tpu" for device in devices):
     return [(index,) for index in slices]
   return [(0, device.process_index) for device in devices]
@@ -101,6 +101,11 @@ def crossing(axes: Sequence[str], placed: np.ndarray) -> tuple[str, ...]:
   index = np.array([number[key] for key in keys]).reshape(placed.shape)
   ends = zip(axes, range(placed.ndim), strict=True)
   return tuple(axis for axis, n in ends if np.any(index.max(axis=n) != index.min(axis=n)))
+
+
+def _slice(device: Any) -> int:
+  indices = (getattr(device, name, None) for name in ("slice_index", "partition_index"))
+  return next((index for index in indices if index is not None), 0)
 
 
 def _check_fit(sizes: Mapping[str, int], counts: Counter[tuple[int, ...]]) -> None:

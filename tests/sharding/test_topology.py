@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ class Device:
   id: int
   process_index: int
   slice_index: int | None = None
+  partition_index: int | None = None
   platform: str = "gpu"
   device_kind: str = "NVIDIA H200"
   coords: tuple[int, ...] = (0, 0, 0)
@@ -57,11 +59,13 @@ def test_an_axis_may_lie_in_a_node_and_between():
   assert topology.crossing(meshes.AXES, topology.arrange(sizes(fsdp=8), nodes(1))) == ()
 
 
-def test_a_process_a_gpu_is_put_beside_those_of_its_node():
+@pytest.mark.parametrize("index", ["slice_index", "partition_index"])
+def test_a_process_a_gpu_is_put_beside_those_of_its_node(index):
   """Processes started round robin: node n has the processes n, n + 2, n + 4, .."""
-  devices = [Device(p, p, p % 2) for p in range(16)]
+  numbers: list[dict[str, Any]] = [{index: p % 2} for p in range(16)]
+  devices = [Device(p, p, **number) for p, number in enumerate(numbers)]
   placed = topology.arrange(sizes(fsdp=2, expert=8), devices)
-  assert [device.slice_index for device in placed.flat] == [0] * 8 + [1] * 8
+  assert [getattr(device, index) for device in placed.flat] == [0] * 8 + [1] * 8
   assert [device.id for device in placed[0, 0].flat] == [0, 2, 4, 6, 8, 10, 12, 14]
   assert topology.crossing(meshes.AXES, placed) == ("fsdp",)
 
@@ -83,7 +87,7 @@ def test_groups_that_straddle_nodes_are_refused():
 def tpus(slices, shape):
   cells = list(itertools.product(*(range(size) for size in shape)))
   return [
-    Device(n * len(cells) + i, n, n, "tpu", "TPU v5", coords)
+    Device(n * len(cells) + i, n, n, None, "tpu", "TPU v5", coords)
     for n in range(slices)
     for i, coords in enumerate(cells)
   ]
