@@ -205,7 +205,7 @@ def test_the_reference_weighs_by_its_own_segment():
   random = np.random.default_rng(2)
   logprobs, inference_logprobs, advantages = -random.exponential(size=(3, 1, 6)).astype(np.float32)
   mask = np.ones((1, 6), bool)
-  packed = np.array([[1, 1, 2, 2, 2, 2]])
+  packed = np.array([[1, 1, 2, 2, 2, 2]], np.int32)
 
   def value(logprobs, *arrays, **arguments):
     loss, _ = corrections.trajectory_importance_loss(
