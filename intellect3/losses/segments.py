@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from intellect3.losses import checks
 
@@ -113,7 +114,9 @@ def numbers(segment_ids: jax.Array) -> jax.Array:
   checks.integers("segment_ids", segment_ids)
   if segment_ids.dtype.itemsize < 8:
     return segment_ids.astype(jnp.uint32)
-  return jnp.minimum(segment_ids.astype(jnp.uint64), 2**32 - 1).astype(jnp.uint32)
+  # In NumPy where they come from it: without 64 bits jax would cut them off first.
+  xp = np if isinstance(segment_ids, np.ndarray) else jnp
+  return xp.minimum(segment_ids.astype(xp.uint64), xp.uint64(2**32 - 1)).astype(xp.uint32)
 
 
 def _blocks(numbers_BT: jax.Array, size: int) -> _Blocks:

@@ -109,3 +109,11 @@ def test_losses(name, dtype, length):
     row, place = np.argwhere(house.trained(case, arrays))[0]
     narrow["segment_ids"][row, place] = -1
     assert np.isnan(house.run(case, narrow, **given).loss)
+
+
+def test_numpy_ids_of_64_bits_without_64_bits_in_jax():
+  """NumPy's own integers; jax cuts 2^32 + 1 off to 1, which would be a valid id."""
+  ids = np.array([[1, 1, 2, 2**32 + 1, -(2**32) + 2]], np.int64)
+  values, mask = np.float32([[1, 2, 4, 8, 16]]), np.ones((1, 5), bool)
+  found = segments.segment_sum(values, mask, ids)
+  np.testing.assert_array_equal(found, [[3, 3, 4, np.nan, np.nan]])
