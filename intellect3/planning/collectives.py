@@ -140,20 +140,41 @@ def groups_of(attributes: str, devices: int) -> Groups:
     flat = _transposed(dims, order)
     return tuple(tuple(flat[i * size : (i + 1) * size]) for i in range(count))
   if (found := _MESH.search(attributes)) is not None:
-    if found["more"].strip(" ,") or ":" in found["axes"]:
-      raise ValueError(f"replica_groups: expected whole axes of a plain mesh, got {found[0]!r}")
-    sizes = {
-      name.strip(" '"): int(size)
-      for name, size in (entry.split("=") for entry in found["sizes"].split(","))
-    }
-    named = [name.strip(" '") for name in found["axes"].split(",") if name.strip()]
-    return _axis_groups(sizes, named)
+    return _mesh_groups(found["sizes"], found["more"], found["axes"])
   if (found := _EXPLICIT.search(attributes)) is not None:
     groups = tuple(_numbers(group) for group in re.findall(r"\{([\d,]*)\}", found["groups"]))
     return groups or (tuple(range(devices)),)
   if "replica_groups={}" in attributes or "replica_groups" not in attributes:
     return (tuple(range(devices)),)
   raise ValueError(f"replica_groups: expected a known form, got {attributes[:200]!r}")
+
+
+def _mesh_groups(sizes: str, more: str, chosen: str) -> Groups:
+  """Groups along axes of a mesh: `'x'=2,'y'=4`, its devices' order, `'x','y':(1)2`.
+
+  An axis named with `:(before)size` is the part of that size after a part of size `before`.
+  """
+  axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+  place_to_device = list(range(math.prod(axes.values())))
+  if (ordered := re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", more)) is not None:
+    dims = _numbers(ordered[1])
+    place_to_device = _transposed(dims, _numbers(ordered[2] or "") or tuple(range(len(dims))))
+  elif (listed := re.search(r"device_ids=\(([\d,]+)\)", more)) is not None:
+    place_to_device = list(_numbers(listed[1]))
+  elif more.strip(" ,"):
+    raise ValueError(f"replica_groups: expected a mesh and its device_ids, got {more!r}")
+  parts = [
+    (name, int(before or 1), int(size or axes[name]))
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+  ]
+  groups: dict[tuple[int, ...], list[int]] = {}
+  for place, device in enumerate(place_to_device):
+    key = dict(zip(axes, _place(place, axes), strict=True))
+    for name, before, size in parts:
+      after = axes[name] // (before * size)
+      key[name] -= key[name] // after % size * after
+    groups.setdefault(tuple(key.values()), []).append(device)
+  return tuple(tuple(group) for group in groups.values())
 
 
 def axes_of(groups: Groups, axes: Mapping[str, int], *, pairs: bool = False) -> tuple[str, ...]:

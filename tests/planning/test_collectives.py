@@ -81,6 +81,16 @@ def test_only_what_begins_is_counted(found):
     ("replica_groups=[4,2]<=[2,4]T(1,0)", ((0, 4), (1, 5), (2, 6), (3, 7))),
     ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ((0, 2), (1, 3), (4, 6), (5, 7))),
     ("replica_groups=mesh['x'=2,'y'=4] {'x'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+    (
+      "replica_groups=mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'y'}",
+      ((0, 1), (2, 3), (4, 5), (6, 7)),
+    ),
+    (
+      "replica_groups=mesh['x'=2,'y'=2], device_ids=(3,1,2,0) {'x'}",
+      ((3, 2), (1, 0)),
+    ),
+    ("replica_groups=mesh['x'=8] {'x':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+    ("replica_groups=mesh['x'=2,'y'=4] {'x','y':(1)2}", ((0, 2, 4, 6), (1, 3, 5, 7))),
     ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ((0, 4), (1, 5), (2, 6), (3, 7))),
     ("replica_groups={}, dimensions={0}", ((0, 1, 2, 3, 4, 5, 6, 7),)),
   ],
@@ -91,7 +101,7 @@ def test_groups_in_every_form(text, groups):
 
 def test_groups_of_an_unknown_form_are_refused():
   with pytest.raises(ValueError, match="replica_groups: expected"):
-    collectives.groups_of("replica_groups=mesh['x'=8] {'x':(1)2}", 8)
+    collectives.groups_of("replica_groups=mesh['x'=8], shape=(8) {'x'}", 8)
 
 
 def test_time_is_bytes_over_the_slowest_link():

@@ -80,30 +80,47 @@ def test_what_does_not_fit_says_what_to_change(job, compiled, device):
   assert plan.report(job, *compiled, small, margin=0.0)["fits"]
 
 
-def event(kind, *arrays, times=1):
-  one = collectives.Collective("c", kind, arrays, ((0, 1),), ("fsdp",), False)
+def event(kind, *arrays, times=1, axes=("fsdp",)):
+  one = collectives.Collective("c", kind, arrays, ((0, 1),), axes, False)
   return schedule.Event(one, times, 1.0, 1.0, False, "")
 
 
 @pytest.mark.parametrize(
-  ("kind", "array", "weight"),
+  ("kind", "array", "axes", "weight"),
   [
-    ("all-gather", ("f32", (264, 64)), "embedding"),
-    ("all-gather", ("f32", (64, 128)), "dense_layers/mlp/"),  # one layer of the stack
-    ("all-gather", ("bf16", (264, 64)), None),
-    ("all-gather", ("f32", (65, 64)), None),  # of no weight's size
-    ("all-reduce", ("f32", (264, 64)), None),  # a gradient
+    ("all-gather", ("f32", (264, 64)), ("fsdp",), "embedding"),
+    ("all-gather", ("f32", (64, 1, 128)), ("fsdp",), "dense_layers/mlp/"),  # one layer of the stack
+    ("all-gather", ("f32", (64, 64)), ("fsdp",), "attention/q/kernel"),  # heads and head_dim merged
+    ("all-gather", ("bf16", (264, 64)), ("fsdp",), None),
+    ("all-gather", ("f32", (132, 128)), ("fsdp",), None),  # as many entries, but no weight's
+    ("all-gather", ("f32", (264, 64)), ("data",), None),  # no weight is cut along it
+    ("all-reduce", ("f32", (264, 64)), ("fsdp",), None),  # a gradient
   ],
 )
-def test_float32_weights_that_travel_are_found(compiled, kind, array, weight):
-  line = schedule.Timeline(events=[event(kind, hlo.Shape(*array), times=3)])
+def test_float32_weights_that_travel_are_found(compiled, kind, array, axes, weight):
+  line = schedule.Timeline(events=[event(kind, hlo.Shape(*array), times=3, axes=axes)])
   found = plan.float32_weights(compiled[0], line)
   if weight is None:
     assert found == []
   else:
-    size = array[1][0] * array[1][1] * 4
+    size = hlo.Shape(*array).bytes
     assert len(found) == 1 and weight in found[0]["weight"]
     assert (found[0]["count"], found[0]["bytes"]) == (3, 3 * size)
+
+
+@pytest.mark.parametrize(
+  ("dims", "into", "same"),
+  [
+    ((4, 16, 64), (64, 64), True),
+    ((4, 16, 64), (64, 16, 4), True),
+    ((4, 16, 64), (1, 256, 16), True),  # 4 x 64, 16
+    ((4, 16, 64), (32, 128), False),
+    ((4, 16), (4, 16, 2), False),
+    ((2, 3), (6,), True),
+  ],
+)
+def test_dimensions_in_any_order_and_merged(dims, into, same):
+  assert plan.merges(dims, into) == same
 
 
 def test_a_float32_model_moves_float32(compiled):

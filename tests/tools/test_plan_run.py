@@ -6,10 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from experiments import gin_config
+from intellect3 import rl
+from intellect3.models import hf, presets, transformer
 from tests.kernels import deviceless
-from tools import plan_run
+from tools import plan_job, plan_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUNS = ROOT / "experiments" / "configs" / "runs"
@@ -104,8 +108,57 @@ def test_what_cannot_be_planned_is_refused(bindings, message, capsys, monkeypatc
   assert told.startswith("error: ") and message in told
 
 
-@pytest.mark.parametrize("name", ["qwen3_0_6b_1xh100", "qwen3_30b_a3b_8xh100"])
-def test_the_run_files_that_are_planned_say_what_they_are(name):
+def test_a_run_on_512_h200s_is_planned(run_file, tmp_path):
+  """64 nodes of 8: parameters inside the node, gradients summed across."""
+  out = str(tmp_path / "plan.json")
+  sizes = {
+    "mesh": {"data": 64, "fsdp": 8},
+    "micro_rows": 512,
+    "row_counts": (512, 1024),
+  }
+  bindings = [f"--set=trainer.trainer.{name}={value!r}" for name, value in sizes.items()]
+  arguments = ["--gin", run_file, "--json", out, "--programs", "rl_step", *bindings]
+  report = deviceless.run(DEVICELESS.format(arguments=arguments, json=out))["report"]
+  assert (report["devices"], report["rows"], report["fits"]) == (512, 512, True)
+  assert report["mesh"] == {"data": 64, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+  links = {tuple(row["axes"]): row["link"] for row in report["collectives"]}
+  assert links[("fsdp",)] == "inner" and links[("data",)] == "outer"
+
+
+BUILD = """
+import sys
+from experiments import gin_config
+text = gin_config.read([sys.argv[1]], [])
+gin_config.parse(text, without_jax=True)
+"""
+RUN_FILES = ("qwen3_0_6b_1xh100", "qwen3_30b_a3b_8xh100")
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_planned_run_file_builds_every_role(name, tmp_path):
+  """With a model in the place of the one that is not here; and it is read without jax."""
+  config = presets.tiny()
+  hf.save(tmp_path / "model", config, transformer.init(config, jax.random.key(0)))
+  path = RUNS / f"{name}.gin"
+  text = gin_config.read([str(path)], [f"rl.run.model_path={str(tmp_path / 'model')!r}"])
+  gin_config.parse(text, without_jax=False)
+  run = str(tmp_path / "run")
+  assert callable(gin_config.call(rl.run, run_dir=run, role="all", config_text=text))
+  subprocess.run([sys.executable, "-c", BUILD, str(path)], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+  ("name", "model", "rows"),
+  [(RUN_FILES[0], presets.qwen3_0_6b(), 64), (RUN_FILES[1], presets.qwen3_30b_a3b(), 128)],
+)
+def test_a_planned_run_file_is_of_its_model(name, model, rows):
+  kind, job = plan_job.read(gin_config.read([str(RUNS / f"{name}.gin")], []))
+  assert (kind, job.rows) == ("rl", rows)
+  assert job.model == model and job.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_planned_run_file_says_what_it_is(name):
   text = (RUNS / f"{name}.gin").read_text()
   assert text.startswith("# Purpose:  ")
   assert all(f"# {word}:" in text for word in ("Cost", "Result", "Command"))
