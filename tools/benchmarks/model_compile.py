@@ -49,7 +49,7 @@ def _programs(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
   """The jitted functions, each with the shapes of its first argument."""
   optimizer = optimizers.adamw(learning_rate=1e-4, clip_norm=1.0)
   loss = steps.supervised(supervised.negative_log_likelihood)
-  sizes = {"micro_rows": ROWS, "head_chunk_size": 512}
+  sizes: dict[str, Any] = {"micro_rows": ROWS, "head_chunk_size": 512}
   params, _ = transformer.abstract(config)
   state = jax.eval_shape(lambda params: states.create(params, optimizer), params)
   step = jax.jit(steps.make_train_step(config, loss, optimizer, **sizes), donate_argnums=0)

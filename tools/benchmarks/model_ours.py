@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from intellect3.losses import supervised
@@ -26,7 +25,7 @@ class Ours:
   def __init__(
     self,
     directory: pathlib.Path,
-    batch: dict[str, np.ndarray],
+    batch: dict[str, Any],
     *,
     head_chunk_size: int,
     run_options: dict[str, Any],

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from intellect3.losses import supervised
 from intellect3.models import hf
@@ -22,7 +21,7 @@ from intellect3.training import step as steps
 
 def prepare(
   directory: pathlib.Path,
-  batch: dict[str, np.ndarray],
+  batch: dict[str, Any],
   *,
   learning_rate: float,
   clip_norm: float,
