@@ -4,8 +4,10 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -23,6 +25,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
   QUICK_COMPILES += " --xla_cpu_use_fusion_emitters=false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ.setdefault("XLA_FLAGS", QUICK_COMPILES)
+
+# A suite started in the background of a shell inherits an ignored SIGINT, and would pass it on to
+# the runs that tests interrupt.
+if threading.current_thread() is threading.main_thread():
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GROUPS = {
   "test_rl_run.py": "runs",  # of one warmed-up model
