@@ -10,8 +10,6 @@ text for text.
 """
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +88,7 @@ def make(job: Job, name: str, mesh: Mesh) -> Program:
     )
     shardings = layout.param_shardings(shaped, mesh, job.rules)
     params = _placed(transformer.abstract(shaped)[0], shardings)
-    return Program(name, config, jitted(function), params, batch, mesh)
+    return Program(name, config, function.jitted, params, batch, mesh)
   shardings = layout.state_shardings(shaped, job.optimizer, mesh, job.rules)
   train_step = step.make_train_step(
     config,
@@ -105,7 +103,7 @@ def make(job: Job, name: str, mesh: Mesh) -> Program:
   state = states.abstract(
     lambda: transformer.init(shaped, jax.random.key(0)), job.optimizer, shardings
   )
-  return Program(name, config, jitted(function), state, batch, mesh)
+  return Program(name, config, function.jitted, state, batch, mesh)
 
 
 def abstract_batch(
@@ -155,11 +153,3 @@ def _placed(shapes: Any, shardings: Any) -> Any:
     shapes,
     shardings,
   )
-
-
-def jitted(call: Callable[..., Any]) -> Any:
-  """The jitted function inside what `layout` returns: only it can be lowered without its data."""
-  inside = [f for f in inspect.getclosurevars(call).nonlocals.values() if hasattr(f, "lower")]
-  if len(inside) != 1:
-    raise TypeError(f"layout: expected a function around one jitted one, got {call!r}")
-  return inside[0]

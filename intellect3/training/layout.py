@@ -4,6 +4,7 @@ The tables of `sharding.rules` say it for the parameters; the optimizer's moment
 parameters do, and everything else is replicated. One device is a mesh like any other.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -92,9 +93,27 @@ def make_state(
   return create(placed)
 
 
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+  """A jitted function of two arguments, called on its mesh.
+
+  Attributes:
+    jitted: the function; the planner lowers it without data.
+    mesh: where it runs.
+  """
+
+  jitted: Any
+  mesh: Mesh
+
+  def __call__(self, first: Any, batch: Any) -> Any:
+    """Its result, on the mesh."""
+    with jax.set_mesh(self.mesh):
+      return self.jitted(first, batch)
+
+
 def compile_step(
   train_step: Callable[..., Any], shardings: Any, mesh: Mesh, rules: Rules | None = None
-) -> Callable[..., Any]:
+) -> OnMesh:
   """Jits a train step for a mesh, with the state donated and kept in its layout.
 
   Args:
@@ -107,7 +126,6 @@ def compile_step(
   Returns:
     (state, batch on the mesh) -> (state, metrics).
   """
-
   return _compile(train_step, mesh, rules, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -116,7 +134,7 @@ def compile_scoring(
   row_sharding: NamedSharding,
   mesh: Mesh,
   rules: Rules | None = None,
-) -> Callable[..., jax.Array]:
+) -> OnMesh:
   """Jits a scoring step for a mesh; nothing is donated.
 
   Args:
@@ -133,18 +151,12 @@ def compile_scoring(
 
 def _compile(
   function: Callable[..., Any], mesh: Mesh, rules: Rules | None, **options: Any
-) -> Callable[..., Any]:
+) -> OnMesh:
   def scoped(first: Any, batch: Any) -> Any:
     with nn.logical_axis_rules(rules if rules is not None and mesh.size > 1 else ()):
       return function(first, batch)
 
-  compiled = jax.jit(scoped, **options)
-
-  def call(first: Any, batch: Any) -> Any:
-    with jax.set_mesh(mesh):
-      return compiled(first, batch)
-
-  return call
+  return OnMesh(jax.jit(scoped, **options), mesh)
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def model_path(tmp_path_factory):
 
 def recorder(real, calls):
   def record(*arguments):
-    calls.append((programs.jitted(real(*arguments)), *arguments))
+    calls.append((real(*arguments).jitted, *arguments))
     raise Recorded
 
   return record
