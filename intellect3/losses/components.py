@@ -8,7 +8,7 @@ and the trainer stays as it is.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,13 @@ def weighted_sum_loss(
   return loss, metrics
 
 
-def _of_term(name, weights, loss_mask, denominators, **common):
+def _of_term(
+  name: str,
+  weights: jax.Array | None,
+  loss_mask: jax.Array,
+  denominators: Denominators | None,
+  **common: Any,
+) -> tuple[jax.Array, dict[str, Any]]:
   """The tokens of a term, and the common arguments for it."""
   if denominators is not None:
     common["denominator"] = getattr(denominators, name)
@@ -133,11 +139,17 @@ def _of_term(name, weights, loss_mask, denominators, **common):
   return mask, common
 
 
-def _weighted(aggregate, weights, values, mask, **common):
+def _weighted(
+  aggregate: aggregation.Aggregate,
+  weights: jax.Array,
+  values: jax.Array,
+  mask: jax.Array,
+  **common: Any,
+) -> jax.Array:
   return aggregate(
     values * aggregation.masked(jax.lax.stop_gradient(weights), mask), mask, **common
   )
 
 
-def _is_zero(coefficient) -> bool:
+def _is_zero(coefficient: Any) -> bool:
   return not isinstance(coefficient, jax.Array) and coefficient == 0
