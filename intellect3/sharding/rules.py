@@ -63,6 +63,32 @@ SERVE: Rules = (
 device has all rows: a decode step is too small to be worth splitting by them."""
 
 
+def train_fsdp() -> Rules:
+  """`TRAIN_FSDP`, for run files to refer to."""
+  return TRAIN_FSDP
+
+
+def train_fsdp_expert() -> Rules:
+  """`TRAIN_FSDP_EXPERT`, for run files to refer to."""
+  return TRAIN_FSDP_EXPERT
+
+
+def train_context() -> Rules:
+  """`TRAIN_CONTEXT`, for run files to refer to."""
+  return TRAIN_CONTEXT
+
+
+def serve() -> Rules:
+  """`SERVE`, for run files to refer to."""
+  return SERVE
+
+
+def mesh_axes(name: str, rules: Rules) -> tuple[str, ...]:
+  """The mesh axes of one logical axis, outermost first; none where it is not split."""
+  entry = dict(rules).get(name)
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   """The partition of a tensor with these logical axes.
 
