@@ -24,6 +24,7 @@ from intellect3.losses.supervised import negative_log_likelihood
 from intellect3.models import hf, kernel_choice
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import iteration, packing, placement, sft_source
+from intellect3.rl import checks
 from intellect3.sharding.mesh import make_mesh
 from intellect3.sharding.rules import TRAIN_FSDP, Rules
 from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias
@@ -116,6 +117,7 @@ def run(
       raise ValueError(f"{field}: expected at least 1, got {value}")
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)
   loss_inputs.check(supervised(loss_fn))
+  checks.rules("rules", rules)
   mesh = mesh or make_mesh(fsdp=jax.device_count())
   placement.check_rows(mesh, micro_rows=micro_rows, row_length=row_length)
   if run_dir.exists() and not run_dir.is_dir():

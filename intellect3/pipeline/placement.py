@@ -8,20 +8,21 @@ from intellect3.pipeline import packing
 ROW_AXES = ("data", "fsdp", "expert")
 """Mesh axes that divide the rows of a batch."""
 
-LENGTH_AXIS = "context"
-"""Mesh axis that divides each row."""
+CONTEXT_AXIS = "context"
+"""Mesh axis whose devices compute parts of the same rows; each has the whole rows, as along
+`tensor`: they are small, and losses and masks look at whole rows."""
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
   """Where arrays [rows, length, ..] of a batch lie."""
-  return NamedSharding(mesh, PartitionSpec(ROW_AXES, LENGTH_AXIS))
+  return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def batch_shardings(mesh: Mesh, batch: packing.Batch) -> packing.Batch:
   """The shardings of a batch: rows as `row_sharding`, counts on every device.
 
   Args:
-    mesh: with the axes `ROW_AXES` and `LENGTH_AXIS`.
+    mesh: with the axes `ROW_AXES`.
     batch: of arrays or of `jax.ShapeDtypeStruct`; fields that are None stay None.
 
   Returns:
@@ -40,10 +41,10 @@ def check_rows(mesh: Mesh, *, micro_rows: int, row_length: int) -> None:
     raise ValueError(
       f"micro_rows: expected a multiple of {' * '.join(ROW_AXES)} = {shards}, got {micro_rows}"
     )
-  if row_length % mesh.shape[LENGTH_AXIS]:
+  parts = 2 * mesh.shape[CONTEXT_AXIS]  # two blocks each, one early and one late
+  if parts > 2 and row_length % parts:
     raise ValueError(
-      f"row_length: expected a multiple of {LENGTH_AXIS} = {mesh.shape[LENGTH_AXIS]}, "
-      f"got {row_length}"
+      f"row_length: expected a multiple of 2 * {CONTEXT_AXIS} = {parts}, got {row_length}"
     )
 
 
@@ -52,7 +53,7 @@ def place(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
 
   Args:
     batch: NumPy, this process's rows (equal blocks in process order).
-    mesh: with the axes `ROW_AXES` and `LENGTH_AXIS`.
+    mesh: with the axes `ROW_AXES`.
 
   Returns:
     The global batch of jax.Array.

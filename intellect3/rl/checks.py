@@ -46,6 +46,26 @@ def path(field: str, value: Any) -> None:
     raise NotStarted(f"{field}: expected a path, got {value!r}")
 
 
+def rules(field: str, table: Any) -> None:
+  """Refuses what is no table of `sharding.rules`: pairs of a logical axis and its mesh axes."""
+  fits = isinstance(table, tuple) and all(
+    isinstance(pair, tuple)
+    and len(pair) == 2
+    and isinstance(pair[0], str)
+    and (pair[1] is None or isinstance(pair[1], str) or _are_names(pair[1]))
+    for pair in table
+  )
+  if not fits or not table:
+    raise NotStarted(
+      f"{field}: expected a table of sharding.rules, a tuple of (logical axis, mesh axis) pairs, "
+      f"got {table!r}"
+    )
+
+
+def _are_names(value: Any) -> bool:
+  return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
 def router_shape(model_path: pathlib.Path) -> types.RouterShape:
   """What the model's routers choose of; refuses a model that has none."""
   file = model_path / "config.json"

@@ -24,7 +24,7 @@ from intellect3.rl import checks, reference
 from intellect3.rl.publisher import Publisher
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.sharding import mesh as mesh_lib
-from intellect3.sharding import rules
+from intellect3.sharding.rules import TRAIN_FSDP, Rules
 from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
@@ -47,6 +47,7 @@ def trainer(
   reference_path: str | None = None,
   reference_dtype: str | None = None,
   mesh: Mapping[str, int] | None = None,
+  rules: Rules = TRAIN_FSDP,
   model_options: Mapping[str, Any] | None = None,
   weights_dtype: str | None = None,
   keep_weights: int = 4,
@@ -80,6 +81,7 @@ def trainer(
     reference_dtype: dtype of the reference's parameters and computation; None: the policy's.
     mesh: sizes of the mesh axes (`data`, `fsdp`, `expert`, `context`, `tensor`); all devices on
       `fsdp` by default.
+    rules: logical axis -> mesh axis, a table of `sharding.rules`.
     model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
     weights_dtype: dtype of published weights; None keeps that of the parameters.
     keep_weights: published versions kept; at least `max_off_policy_steps` + 2 are, since the
@@ -118,6 +120,7 @@ def trainer(
   unknown = set(mesh or {}) - set(mesh_lib.AXES)
   if unknown:
     raise NotStarted(f"trainer.mesh: expected axes of {mesh_lib.AXES}, got {sorted(unknown)}")
+  checks.rules("trainer.rules", rules)
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)  # for its checks
   float32 = {"dtype": "float32", "param_dtype": "float32"}
   checked = hf.check(shared.model_path, **{**float32, **(model_options or {})})
@@ -154,7 +157,7 @@ def trainer(
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(device_mesh))
       config = kernel_choice.resolve(checked)
-      shardings = layout.state_shardings(config, optimizer, device_mesh, rules.TRAIN_FSDP)
+      shardings = layout.state_shardings(config, optimizer, device_mesh, rules)
       # Not kept in a variable: the state alone holds the parameters.
       state = layout.make_state(
         config,
@@ -217,7 +220,7 @@ def trainer(
         ),
         shardings,
         device_mesh,
-        rules.TRAIN_FSDP,
+        rules,
       )
       score = None
       if reference_path is not None and checked_reference is not None:
@@ -225,7 +228,7 @@ def trainer(
           reference_path,
           checked_reference,
           device_mesh,
-          rules.TRAIN_FSDP,
+          rules,
           micro_rows=micro_rows,
           head_chunk_size=head_chunk_size,
         )

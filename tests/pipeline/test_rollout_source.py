@@ -218,6 +218,4 @@ def test_placement_puts_rows_over_the_mesh(tmp_path):
   )
   placed = placement.place(batch, mesh)
   assert _same(batch, placed)
-  assert placed.tokens.sharding.spec == jax.sharding.PartitionSpec(
-    ("data", "fsdp", "expert"), "context"
-  )
+  assert placed.tokens.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp", "expert"))
