@@ -118,7 +118,7 @@ def _sizes(mesh: Any) -> dict[str, int] | None:
   if getattr(mesh, "scoped_configurable_fn", None) is None:
     raise ValueError(f"mesh: expected @mesh.make_mesh(), got {mesh!r}")
   bound = _bound(mesh_lib.make_mesh)
-  return {axis: bound.get(axis, 1) for axis in mesh_lib.AXES}
+  return {axis: _call(bound.get(axis, 1)) for axis in mesh_lib.AXES}
 
 
 def _common(
