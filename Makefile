@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(shell $(BIN)/python -c 'import pip' >/dev/null 2>&1 || rm -f $(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv plan test test-slow sglang test-sglang lint format demo notebooks lock clean
+.PHONY: help .venv plan plan-tpu test test-slow sglang test-sglang lint format demo notebooks lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,13 @@ plan: $(VENV)/plan/.complete ## the CUDA compiler, to compile for GPUs that are 
 $(VENV)/plan/.complete: requirements-plan.lock $(STAMP)
 	rm -rf $(VENV)/plan
 	$(PIP) install --quiet --progress-bar off --no-deps --no-compile --target $(VENV)/plan --requirement $<
+	@touch $@
+
+plan-tpu: $(VENV)/plan-tpu/.complete ## the TPU compiler, likewise (0.7 GB)
+
+$(VENV)/plan-tpu/.complete: requirements-plan-tpu.lock $(STAMP)
+	rm -rf $(VENV)/plan-tpu
+	$(PIP) install --quiet --progress-bar off --no-deps --no-compile --target $(VENV)/plan-tpu --requirement $<
 	@touch $@
 
 test: $(STAMP) ## the default suite (CPU, minutes)

@@ -6,7 +6,7 @@
         [--search [--search-most 12]] [--xla NAME=VALUE ..]
 
 Compiles the functions that the run would jit, for the target and without a device (the wheels of
-`make plan`), and reports memory, collectives, arithmetic and a predicted step time per device.
+`make plan`; for v5p of `make plan-tpu`), and reports memory, collectives, arithmetic and a predicted step time per device.
 Exit code 1: it does not fit, or float32 weights travel; 2: the configuration is not fit.
 """
 
@@ -19,11 +19,13 @@ import sys
 from typing import Any
 
 PLAN = pathlib.Path(sys.prefix) / "plan"
+PLAN_TPU = pathlib.Path(sys.prefix) / "plan-tpu"
+"""Where `make plan` and `make plan-tpu` put the compilers."""
 
 
 def main(argv: list[str] | None = None) -> int:
   arguments = _parser().parse_args(argv)
-  _prepare(arguments.allow_cpu)
+  _prepare(arguments.target, arguments.allow_cpu)
   from experiments import gin_config
 
   try:
@@ -69,11 +71,12 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _prepare(allow_cpu: bool) -> None:
-  """Before jax is imported: no look for a real GPU, and the compilers of `make plan`."""
+def _prepare(target: str, allow_cpu: bool) -> None:
+  """Before jax is imported: no look for a real GPU, and the target's compiler."""
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if not allow_cpu and PLAN.is_dir() and str(PLAN) not in sys.path:
-    sys.path.append(str(PLAN))
+  compiler = PLAN_TPU if target == "v5p" else PLAN
+  if not allow_cpu and compiler.is_dir() and str(compiler) not in sys.path:
+    sys.path.append(str(compiler))
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   logging.getLogger("absl").setLevel(logging.ERROR)  # tokamax: no autotuning for what is not here
 

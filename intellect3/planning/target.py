@@ -135,7 +135,8 @@ def _tpu(count: int) -> list[jax.Device]:
   """Chips of a v5p cuboid whose sides are as equal as they can be; a host has 2 x 2 x 1."""
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
-      "target: expected libtpu for v5p, but it is not installed (pip install libtpu)"
+      "target: expected libtpu for v5p, but it is not installed (make plan-tpu, or pip install "
+      "--requirement requirements-plan-tpu.lock)"
     )
   if count < 4 or count % 4:
     raise ValueError(f"devices: expected a multiple of 4 for v5p, got {count}")
@@ -148,7 +149,10 @@ def _tpu(count: int) -> list[jax.Device]:
     ),
     key=lambda sides: max(sides) - min(sides),
   )
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine to ask what it is
+  # No machine to ask what it is.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
   topology = topologies.get_topology_desc(
     platform="tpu", topology_name="v5p:" + "x".join(map(str, sides))
   )
