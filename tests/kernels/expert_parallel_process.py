@@ -71,6 +71,7 @@ def inputs(spread, tokens, ranks, seed):
     valid = rng.random(tokens) < 0.1
   elif spread == "ranks padded":
     valid[: tokens // 2] = False
+  valid[-1] = True
   chosen = np.argsort(keys, axis=1)[:, :A]
   if spread == "one expert":
     chosen[:] = EXPERTS - 2
