@@ -4,13 +4,14 @@
         [--role all|trainer|orchestrator|worker|inference] [--index I] [--resume]
 
 `--role all` (the default) starts every role on this machine and supervises them; on a cluster each
-role is started with the same files. Exit code 2: the configuration or the machine is not fit, and
-nothing was started.
+role is started with the same files, the trainer as one process or several (docs/clusters.md).
+Exit code 2: the configuration or the machine is not fit, and nothing was started.
 """
 
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 
 from experiments import gin_config, process
 from intellect3 import compilation_cache, rl
@@ -30,10 +31,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
   arguments = parser.parse_args(argv)
   compilation_cache.set_default()
-  try:
+
+  def build() -> Callable[[], None]:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=arguments.role in ("orchestrator", "worker"))
-    start = gin_config.call(
+    return gin_config.call(
       rl.run,
       run_dir=arguments.out,
       role=arguments.role,
@@ -45,10 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         *("--gin", str(pathlib.Path(arguments.out) / "config.gin")),
       ],
     )
-  except gin_config.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return process.run_to_end(start)
+
+  return process.run_together(build) if arguments.role == "trainer" else process.run(build)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m experiments.sft_run --gin FILE [--gin FILE ..] [--set a.b=c ..] --out DIR [--resume]
 
-Exit code 2: the configuration is not fit, and nothing was started.
+On a cluster every process is started with the same line (docs/clusters.md). Exit code 2: the
+configuration is not fit, and nothing was started.
 """
 
 import argparse
@@ -27,16 +28,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--resume", action="store_true", help="go on from DIR's last checkpoint")
   arguments = parser.parse_args(argv)
   compilation_cache.set_default()
-  try:
+
+  def build() -> Callable[[], None]:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=False)
-    from intellect3 import sft  # after `prepare`: it imports jax
+    from intellect3 import sft  # after `parse`: it imports jax
 
     train = gin_config.call(sft.run, run_dir=arguments.out, resume=arguments.resume)
-  except gin_config.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return process.run_to_end(lambda: _train(train, pathlib.Path(arguments.out), text))
+    return lambda: _train(train, pathlib.Path(arguments.out), text)
+
+  return process.run_together(build)
 
 
 def _train(train: Callable[[], dict[str, Any]], out: pathlib.Path, text: str) -> None:

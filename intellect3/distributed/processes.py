@@ -125,21 +125,21 @@ ALONE = Processes()
 
 
 @contextlib.contextmanager
-def started(cluster: Cluster | None) -> Iterator[Processes]:
-  """Starts `jax.distributed` and gives this process's `Processes`; before any device is touched.
+def started(cluster: Cluster) -> Iterator[None]:
+  """Starts `jax.distributed`, before any device is touched; `here` then knows of the others.
 
   A process that fails inside ends at once with exit code 1, its traceback in the log: at the usual
   end it would wait for the others, which wait for it. They end by its closed connections, or after
   `heartbeat_seconds`.
 
   Args:
-    cluster: of `cluster.detect`; None, or one of one process: nothing is started.
+    cluster: of `cluster.detect`; of one process nothing is started.
 
   Raises:
     RuntimeError: the processes did not meet in time, or a device has been touched before.
   """
-  if cluster is None or cluster.num_processes == 1:
-    yield ALONE
+  if cluster.num_processes == 1:
+    yield
     return
   # Only asked on CPUs; the default there has no collectives between processes.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -158,22 +158,25 @@ def started(cluster: Cluster | None) -> Iterator[Processes]:
     shutdown_timeout_seconds=cluster.shutdown_seconds,
   )
   try:
-    yield Processes(cluster.process_id, cluster.num_processes, _store())
+    yield
     jax.distributed.shutdown()
   except BaseException as error:
-    traceback.print_exc()
-    print(
-      f"error: process {cluster.process_id} of {cluster.num_processes} failed: "
-      f"{type(error).__name__}: {error}",
-      file=sys.stderr,
-    )
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+      traceback.print_exc()
+      print(
+        f"error: process {cluster.process_id} of {cluster.num_processes} failed: "
+        f"{type(error).__name__}: {error}",
+        file=sys.stderr,
+      )
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code if isinstance(code, int) else 1)
 
 
-def _store() -> Any:
+def here() -> Processes:
+  """This process among those that were started; touches the devices."""
   # The store has no public name; Orbax and jax.experimental reach it here too.
   from jax._src import distributed
 
-  return distributed.global_state.client
+  return Processes(jax.process_index(), jax.process_count(), distributed.global_state.client)

@@ -40,6 +40,7 @@ def run(
   share: packing.Share,
   processes: Processes,
   watching: watchdog.Watchdog,
+  peak_flops: float,
 ) -> None:
   """Trains on every batch.
 
@@ -53,8 +54,8 @@ def run(
     share: which rows `batches` holds.
     processes: that do the same.
     watching: is told what is being done.
+    peak_flops: of a device, in FLOP/s; for the metrics.
   """
-  peak = flops.peak_flops()
   ended = time.perf_counter()
   watching.enter(watchdog.WAITING, int(state.step) + 1)
   for batch in batches:
@@ -94,7 +95,7 @@ def run(
         "mfu": flops.mfu(
           flops.train_flops(config, tokens=sums.tokens, attended_pairs=sums.attended_pairs),
           done - ended,
-          peak,
+          peak_flops,
           jax.device_count(),
         ),
       },

@@ -6,7 +6,6 @@ environment. It reads step n's batch, makes weights v(n), publishes them and say
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import jax
 
 from intellect3 import telemetry
-from intellect3.distributed import cluster as clusters
 from intellect3.distributed import processes as starting
 from intellect3.distributed import watchdog
 from intellect3.models import hf, kernel_choice
@@ -24,7 +22,7 @@ from intellect3.rl.publisher import Publisher
 from intellect3.rl.roles import NotStarted, Shared, Trainer
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding.rules import TRAIN_FSDP, Rules
-from intellect3.training import checkpoint, layout, loss_inputs, router_bias, step
+from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
 from intellect3.weights import publish
@@ -158,9 +156,8 @@ def trainer(
     )
 
   def main() -> None:
-    cluster = clusters.detect(os.environ)
+    processes = starting.here()
     with contextlib.ExitStack() as stack:
-      processes = stack.enter_context(starting.started(cluster))
       watching = stack.enter_context(
         watchdog.watched(f"trainer process {processes.index} of {processes.count}", stall_seconds)
       )
@@ -179,6 +176,8 @@ def trainer(
       *(jax.device_count(), jax.devices()[0].device_kind, processes.count, axes),
       *(list(share.blocks), share.num_blocks),
     )
+    # Measured on one device where the kind is unknown: outside the mesh, by who writes the metrics.
+    peak_flops = flops.peak_flops() if processes.is_first else 1.0
     stack.enter_context(jax.set_mesh(device_mesh))
     config = kernel_choice.resolve(checked)
     shardings = layout.state_shardings(config, optimizer, device_mesh, rules)
@@ -272,6 +271,7 @@ def trainer(
       share=share,
       processes=processes,
       watching=watching,
+      peak_flops=peak_flops,
     )
 
   return Trainer(main, processes)
