@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The levels of docs/design/0001-the-ring.md. A package imports itself and lower levels; only the
 # composition roots (the last level) also import each other.
 LEVELS = (
-  ("types", "losses", "sharding", "kernels", "telemetry", "compilation_cache"),
+  ("types", "losses", "sharding", "kernels", "telemetry", "compilation_cache", "distributed"),
   ("models", "rendering", "environments", "rollout_log"),
   ("inference", "rollouts", "pipeline", "training", "weights"),
   ("rl", "sft", "lab", "evaluate", "planning", "supervisor", "leash", "console", "summary"),
@@ -31,6 +31,7 @@ JAX_FREE = (
   "intellect3.inference",
   "intellect3.rollouts",
   "intellect3.weights.manifest",
+  "intellect3.distributed.cluster",
   "intellect3.rl",
   "intellect3.rl.orchestrator",
   "intellect3.rl.worker",

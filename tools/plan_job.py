@@ -19,7 +19,8 @@ from intellect3 import sft
 from intellect3.losses.supervised import negative_log_likelihood
 from intellect3.models.config import ModelConfig
 from intellect3.planning import job as jobs
-from intellect3.rl import orchestrator, roles, trainer, worker
+from intellect3.rl import checks, orchestrator, roles, trainer, worker
+from intellect3.sharding import mesh as mesh_lib
 
 MACRO = "MODEL"
 
@@ -75,6 +76,7 @@ def _rl(rows: int | None, trajectory_tokens: int | None) -> jobs.Job:
     rl_loss=train["loss_fn"],
     sft_loss=negative_log_likelihood,
     mesh=train.get("mesh"),
+    **_rules(train),
     decoupled=train.get("decoupled", False),
     replay_routed_experts=run.get("replay_routed_experts", False),
     reference=reference,
@@ -85,22 +87,38 @@ def _rl(rows: int | None, trajectory_tokens: int | None) -> jobs.Job:
 
 def _sft(rows: int | None, trajectory_tokens: int | None) -> jobs.Job:
   run = _bound(sft.run)
-  train = _resolved(sft.run, without=("example", "write_tokenizer"))
+  train = _resolved(sft.run, without=("example", "write_tokenizer", "mesh"))
   options = train.get("model_options") or {}
   if "model_config" in run:
     model = dataclasses.replace(train["model_config"], **options)
   else:
     model = _model(run.get("model_path"), {**jobs.FLOAT32, **options})
-  mesh = train.get("mesh")
   return jobs.Job(
     model=model,
     optimizer=train["optimizer"],
     sft_loss=train.get("loss_fn", negative_log_likelihood),
-    mesh=None if mesh is None else dict(mesh.shape),
-    **({"rules": train["rules"]} if "rules" in train else {}),
+    mesh=_sizes(run.get("mesh")),
+    **_rules(train),
     trajectory_tokens=trajectory_tokens or train["row_length"],
     **_common(sft.run, train, rows, train["examples_per_step"] * train["row_length"]),
   )
+
+
+def _rules(train: Mapping[str, Any]) -> dict[str, Any]:
+  if "rules" not in train:
+    return {}
+  checks.rules("rules", train["rules"])
+  return {"rules": train["rules"]}
+
+
+def _sizes(mesh: Any) -> dict[str, int] | None:
+  """The axes that a file's `@mesh.make_mesh()` has; its devices are not here."""
+  if mesh is None:
+    return None
+  if getattr(mesh, "scoped_configurable_fn", None) is None:
+    raise ValueError(f"mesh: expected @mesh.make_mesh(), got {mesh!r}")
+  bound = _bound(mesh_lib.make_mesh)
+  return {axis: _call(bound.get(axis, 1)) for axis in mesh_lib.AXES}
 
 
 def _common(

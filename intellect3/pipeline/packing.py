@@ -149,6 +149,41 @@ def choose_row_count(needed: int, *, micro_rows: int, row_counts: Sequence[int] 
   return min(enough)
 
 
+class Share(NamedTuple):
+  """The part of a batch's rows that one process holds (`placement.own_share`).
+
+  Attributes:
+    blocks: numbers of the blocks, ascending; two processes may hold the same one.
+    num_blocks: blocks that the rows are cut into, one after the other and equally long.
+  """
+
+  blocks: tuple[int, ...]
+  num_blocks: int
+
+
+WHOLE = Share((0,), 1)
+
+
+def share_rows(plan: Plan, row_count: int, share: Share) -> Plan:
+  """The rows of a share; those beyond the plan are empty.
+
+  Args:
+    plan: the whole batch's.
+    row_count: rows of the whole batch.
+    share: which of them.
+
+  Raises:
+    ValueError: the rows do not divide into the share's blocks.
+  """
+  if row_count % share.num_blocks:
+    raise ValueError(
+      f"row_counts: expected multiples of {share.num_blocks} blocks, got {row_count}"
+    )
+  size = row_count // share.num_blocks
+  rows = [row for block in share.blocks for row in range(block * size, (block + 1) * size)]
+  return tuple(plan[row] if row < len(plan) else () for row in rows)
+
+
 def pack(
   records: Mapping[int, TrajectoryRecord],
   plan: Plan,

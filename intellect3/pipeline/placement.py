@@ -1,6 +1,9 @@
 """Putting a host's batch on the devices, as the model's activations lie there."""
 
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intellect3.pipeline import packing
@@ -48,15 +51,39 @@ def check_rows(mesh: Mesh, *, micro_rows: int, row_length: int) -> None:
     )
 
 
+def own_share(mesh: Mesh) -> packing.Share:
+  """The blocks of a batch's rows that this process's devices hold: those that it has to read."""
+  count = 1
+  for axis in ROW_AXES:
+    count *= mesh.shape[axis]
+  indices = row_sharding(mesh).addressable_devices_indices_map((count,))
+  blocks = {index[0].indices(count)[0] for index in indices.values() if index is not None}
+  return packing.Share(tuple(sorted(blocks)), count)
+
+
 def place(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
   """Moves a batch to the devices.
 
   Args:
-    batch: NumPy, this process's rows (equal blocks in process order).
+    batch: NumPy, the rows of this process's share (`own_share`), block after block.
     mesh: with the axes `ROW_AXES`.
 
   Returns:
     The global batch of jax.Array.
   """
-  shardings = batch_shardings(mesh, batch)
-  return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
+  share = own_share(mesh)
+  at = {block: place for place, block in enumerate(share.blocks)}
+
+  def put(sharding: NamedSharding, leaf: np.ndarray) -> jax.Array:
+    if not leaf.ndim:
+      return jax.make_array_from_callback((), sharding, lambda _: leaf)
+    size = len(leaf) // len(share.blocks)
+    shape = (size * share.num_blocks, *leaf.shape[1:])
+
+    def part(index: Any) -> np.ndarray:
+      place = at[index[0].indices(shape[0])[0] // size]
+      return leaf[place * size : (place + 1) * size]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return jax.tree.map(put, batch_shardings(mesh, batch), batch)

@@ -51,6 +51,7 @@ def load_batch(
   micro_rows: int,
   row_counts: Sequence[int] | None = None,
   router: types.RouterShape | None = None,
+  share: packing.Share = packing.WHOLE,
   process_index: int = 0,
   process_count: int = 1,
 ) -> packing.Batch:
@@ -63,11 +64,12 @@ def load_batch(
     micro_rows: rows of a micro-batch.
     row_counts: allowed numbers of rows over all hosts; see `packing.choose_row_count`.
     router: what the model's routers choose of, to have the records' choices in the batch.
-    process_index: this host's number.
-    process_count: hosts; each holds an equal block of the rows.
+    share: the rows that this process holds; it opens their records alone.
+    process_index: this process's number.
+    process_count: processes; each verifies its part of the shards' checksums.
 
   Returns:
-    The batch, NumPy [rows / process_count, row_length].
+    The batch, NumPy [rows of the share, row_length].
 
   Raises:
     ValueError: shards and manifest differ, a trajectory does not fit, or rows do not divide.
@@ -75,10 +77,7 @@ def load_batch(
   lengths = [length for entry in manifest.shards for length in entry.lengths]
   plan = packing.plan_rows(lengths, row_length)
   rows = packing.choose_row_count(len(plan), micro_rows=micro_rows, row_counts=row_counts)
-  if rows % process_count:
-    raise ValueError(f"row_counts: expected multiples of {process_count} processes, got {rows}")
-  share = rows // process_count
-  own = plan[process_index * share : (process_index + 1) * share]
+  own = packing.share_rows(plan, rows, share)
   records = rollout_log.read_records(
     log_dir,
     manifest,
@@ -90,7 +89,7 @@ def load_batch(
     records,
     own,
     row_length=row_length,
-    row_count=share,
+    row_count=len(own),
     step=manifest.step,
     counts=count(manifest),
     router=router,
@@ -123,6 +122,7 @@ def batches(
   notify: threading.Event | None = None,
   wait: Wait | None = None,
   prefetch: int = 1,
+  share: packing.Share = packing.WHOLE,
   process_index: int = 0,
   process_count: int = 1,
 ) -> iteration.BatchIterator:
@@ -140,8 +140,9 @@ def batches(
     notify: see `poll_manifests`; only without `wait`.
     wait: how to wait for a manifest; by default `poll_manifests`.
     prefetch: batches made ahead in a thread; 0 makes them when asked.
-    process_index: this host's number.
-    process_count: number of hosts.
+    share: as for `load_batch`.
+    process_index: this process's number.
+    process_count: number of processes.
 
   Returns:
     An iterator of `packing.Batch` whose state is `{"next_step": n}`; close it.
@@ -162,6 +163,7 @@ def batches(
       micro_rows=micro_rows,
       row_counts=row_counts,
       router=router,
+      share=share,
       process_index=process_index,
       process_count=process_count,
     )

@@ -27,8 +27,7 @@ def batches(
   row_counts: Sequence[int] | None = None,
   stop: threading.Event,
   prefetch: int = 2,
-  process_index: int = 0,
-  process_count: int = 1,
+  share: packing.Share = packing.WHOLE,
 ) -> iteration.BatchIterator:
   """The batches of steps `first_step` to `last_step` as a Grain iterator.
 
@@ -44,8 +43,8 @@ def batches(
     row_counts: allowed numbers of rows; see `packing.choose_row_count`.
     stop: ends the iteration.
     prefetch: batches made ahead in a thread.
-    process_index: this host's number.
-    process_count: number of hosts.
+    share: the rows that this process holds. Every process makes all examples, whose lengths the
+      plan follows from.
 
   Returns:
     An iterator of `packing.Batch` (advantages 1 on trained tokens) with state; close it.
@@ -64,17 +63,15 @@ def batches(
       [len(records[number].trajectory.tokens) for number in range(examples_per_step)], row_length
     )
     rows = packing.choose_row_count(len(plan), micro_rows=micro_rows, row_counts=row_counts)
-    if rows % process_count:
-      raise ValueError(f"row_counts: expected multiples of {process_count} processes, got {rows}")
-    share = rows // process_count
+    own = packing.share_rows(plan, rows, share)
     trained = [int(record.trajectory.loss_mask.sum()) for record in records.values()]
     if not any(trained):
       raise ValueError(f"step {step}: loss_mask: expected a trained token, got none")
     return packing.pack(
       records,
-      plan[process_index * share : (process_index + 1) * share],
+      own,
       row_length=row_length,
-      row_count=share,
+      row_count=len(own),
       step=step,
       counts=packing.Counts(sum(trained), sum(tokens > 0 for tokens in trained)),
     )

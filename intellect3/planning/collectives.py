@@ -40,8 +40,9 @@ class Collective(NamedTuple):
     kind: one of `KINDS`.
     arrays: what it is about, whole: gathered, reduced, or sent.
     groups: the devices that take part together, by their place in the mesh.
-    axes: mesh axes that the groups span; empty where they are no set of axes.
+    axes: mesh axes along which the members of a group differ, outermost first.
     start: whether it only begins here; a `-done` instruction waits for it.
+    partial: whether a group is only a part of what these axes join.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Collective(NamedTuple):
   groups: Groups
   axes: tuple[str, ...]
   start: bool
+  partial: bool = False
 
   @property
   def bytes(self) -> int:
@@ -113,15 +115,19 @@ def find(
   arrays = operands
   if opcode == "all-gather":  # the whole is the result; a start's holds its operands too
     arrays = instruction.shapes[len(operands) :] if start else instruction.shapes
-  if opcode == "ragged-all-to-all":  # data, where to, and four lists of sizes
-    arrays = operands[:1]
+  if opcode == "ragged-all-to-all":
+    # Data, where to, and four lists of sizes, which only the run knows: the smaller of the two
+    # buffers bounds what is sent, and is it where the other one is cut to measure.
+    arrays = (min(operands[:2], key=lambda shape: shape.bytes),)
+  spanned = axes_of(groups, axes)
   return Collective(
     name=instruction.name,
     kind=opcode,
     arrays=arrays,
     groups=groups,
-    axes=axes_of(groups, axes, pairs=opcode == "collective-permute"),
+    axes=spanned,
     start=start,
+    partial=opcode != "collective-permute" and not joins_all(groups, axes, spanned),
   )
 
 
@@ -177,27 +183,24 @@ def _mesh_groups(sizes: str, more: str, chosen: str) -> Groups:
   return tuple(tuple(group) for group in groups.values())
 
 
-def axes_of(groups: Groups, axes: Mapping[str, int], *, pairs: bool = False) -> tuple[str, ...]:
-  """The mesh axes whose groups these are; for pairs, the axes along which they differ.
+def axes_of(groups: Groups, axes: Mapping[str, int]) -> tuple[str, ...]:
+  """The mesh axes along which members of one group differ, outermost first.
 
   Args:
-    groups: places in the mesh.
+    groups: places in the mesh; or (source, target) pairs of a permutation.
     axes: sizes of the mesh axes, outermost first.
-    pairs: whether they are (source, target) pairs of a permutation.
   """
-  large = [name for name, size in axes.items() if size > 1]
-  if pairs:
-    differ = set()
-    for source, target in (group for group in groups if len(group) == 2):
-      there = zip(axes, _place(source, axes), _place(target, axes), strict=True)
-      differ |= {name for name, a, b in there if a != b}
-    return tuple(name for name in axes if name in differ)
+  differ: set[str] = set()
+  for group in groups:
+    places = [_place(device, axes) for device in group]
+    differ |= {name for name, *sizes in zip(axes, *places, strict=True) if len(set(sizes)) > 1}
+  return tuple(name for name in axes if name in differ)
+
+
+def joins_all(groups: Groups, axes: Mapping[str, int], chosen: Sequence[str]) -> bool:
+  """Whether each group is all the devices that differ only along the chosen axes."""
   wanted = {frozenset(group) for group in groups}
-  for count in range(1, len(large) + 1):
-    for chosen in itertools.combinations(large, count):
-      if {frozenset(group) for group in _axis_groups(axes, chosen)} == wanted:
-        return chosen
-  return ()
+  return {frozenset(group) for group in _axis_groups(axes, chosen)} == wanted
 
 
 def seconds(collective: Collective, hardware: Hardware, nodes: Sequence[int]) -> float:

@@ -21,6 +21,8 @@ class Hardware:
     matrix_rate: FLOP/s by dtype (bf16, f16, f32).
     memory_rate: bytes/s.
     inner, outer: bytes/s of the links within and between nodes, per device and direction.
+    host: bytes/s between the device and its host's memory, per direction.
+    host_memory: bytes of the host's memory for each device.
     latency: seconds to start a collective.
     launch: seconds to start a kernel.
     matrix_share, kernel_share, memory_share, link_share: reached share of the rates, 0 to 1.
@@ -32,6 +34,8 @@ class Hardware:
   memory_rate: float
   inner: float
   outer: float
+  host: float
+  host_memory: float
   latency: float
   launch: float
   matrix_share: float
@@ -55,6 +59,10 @@ class Hardware:
     """Time of matrix products of factors of a dtype; others than the table's count as f32."""
     rate = self.matrix_rate.get(dtype, self.matrix_rate["f32"])
     return flops / (rate * self.matrix_share)
+
+  def host_seconds(self, count: float) -> float:
+    """Time to move so many bytes between the device and its host, one way."""
+    return count / (self.host * self.link_share)
 
   def memory_seconds(self, count: float) -> float:
     """Time to read or write so many bytes of the device's memory."""

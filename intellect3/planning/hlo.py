@@ -19,7 +19,11 @@ _BITS = {
   **dict.fromkeys(("s64", "u64", "f64", "c64"), 64),
   "c128": 128,
 }
-_ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<dims>[\d,<=]*)\]")
+_ARRAY = re.compile(
+  r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<dims>[\d,<=]*)\](?:\{[^{}]*?S\((?P<space>\d+)\)[^{}]*\})?"
+)
+HOST = 5
+"""XLA's number for the host's memory, as a layout names it: `f32[8]{0:S(5)}`."""
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
@@ -35,10 +39,14 @@ _FIELD = re.compile(r"(\w+)=(\d+)")
 
 
 class Shape(NamedTuple):
-  """One array: its dtype as XLA names it (f32, bf16, ..) and its dimensions."""
+  """One array: its dtype as XLA names it (f32, bf16, ..), its dimensions, and its memory.
+
+  The memory is 0 for the device's main one, `HOST` for the host's.
+  """
 
   dtype: str
   dims: tuple[int, ...]
+  space: int = 0
 
   @property
   def elements(self) -> int:
@@ -209,7 +217,8 @@ def parse(text: str) -> Module:
   if entry is None:
     raise ValueError("module: expected a computation marked ENTRY, got none")
   scheduled = "is_scheduled=true" in text[: text.find("\n")]
-  return Module(computations, entry, scheduled, _frames(tables))
+  counted = {name: _with_trips(made, computations) for name, made in computations.items()}
+  return Module(counted, entry, scheduled, _frames(tables))
 
 
 def shapes_of(text: str) -> tuple[Shape, ...]:
@@ -218,6 +227,7 @@ def shapes_of(text: str) -> tuple[Shape, ...]:
     Shape(
       match["dtype"],
       tuple(int(size.removeprefix("<=")) for size in match["dims"].split(",") if size),
+      int(match["space"] or 0),
     )
     for match in _ARRAY.finditer(text)
   )
@@ -252,6 +262,62 @@ def _instruction(match: re.Match[str]) -> Instruction:
     result=result,
     root=match["root"] is not None,
   )
+
+
+def _with_trips(computation: Computation, computations: Mapping[str, Computation]) -> Computation:
+  """The computation with the trip counts that XLA left out where its loops show them (on TPUs)."""
+  changed = [_counted(i, computation, computations) for i in computation.instructions]
+  return Computation(computation.name, tuple(changed), {i.name: i for i in changed})
+
+
+def _counted(
+  loop: Instruction, computation: Computation, computations: Mapping[str, Computation]
+) -> Instruction:
+  """A loop from a constant by a constant step to below a constant says how often it runs."""
+  if loop.opcode != "while" or loop.trip_count is not None:
+    return loop
+  condition = computations.get(loop.called("condition")[0])
+  body = computations.get(loop.called("body")[0])
+  if condition is None or body is None:
+    return loop
+  test = condition.root
+  if test.opcode != "compare" or "direction=LT" not in test.attributes:
+    return loop
+  index = _element(condition.by_name.get(test.operands[0]))
+  start = computation.by_name.get(loop.operands[0])
+  if index is None or start is None or start.opcode != "tuple":
+    return loop
+  step = body.by_name.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
+  if step is None or step.opcode != "add":
+    return loop
+  counter, by = (body.by_name.get(name) for name in step.operands)
+  if _element(counter) != index:
+    return loop
+  limit = condition.by_name.get(test.operands[1])
+  first = computation.by_name.get(start.operands[index])
+  while first is not None and first.opcode == "copy":
+    first = computation.by_name.get(first.operands[0])
+  numbers = [_whole(one) for one in (first, limit, by)]
+  if any(number is None for number in numbers) or not numbers[2]:
+    return loop
+  low, high, stride = (number or 0 for number in numbers)
+  trips = max(0, -(-(high - low) // stride))
+  return loop._replace(attributes=f'{loop.attributes}, "known_trip_count":{{"n":"{trips}"}}')
+
+
+def _element(value: Instruction | None) -> int | None:
+  """Which element of a loop's carry a value is."""
+  if value is None or value.opcode != "get-tuple-element":
+    return None
+  found = re.search(r"index=(\d+)", value.attributes)
+  return int(found[1]) if found else None
+
+
+def _whole(value: Instruction | None) -> int | None:
+  """The number that a constant holds."""
+  if value is None or value.opcode != "constant" or not value.literal.lstrip("-").isdigit():
+    return None
+  return int(value.literal)
 
 
 def _closing(text: str, opening: int) -> int:

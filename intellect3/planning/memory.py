@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from intellect3.planning.hlo import Computation, Instruction, Module
+from intellect3.planning.hlo import HOST, Computation, Instruction, Module
 from intellect3.planning.programs import Program
 from intellect3.training.state import TrainState
 
@@ -30,6 +30,7 @@ class Memory(NamedTuple):
     arguments: parameters, optimizer, batch, and how XLA pads them.
     outputs: results that do not take an argument's place.
     peak: the most at one time, with what is donated counted once.
+    host: in the host's memory, for this device: activations that are offloaded.
   """
 
   parameters: int
@@ -41,6 +42,7 @@ class Memory(NamedTuple):
   arguments: int
   outputs: int
   peak: int
+  host: int = 0
 
 
 class Buffer(NamedTuple):
@@ -75,6 +77,10 @@ def measure(program: Program, compiled: Any, module: Module) -> Memory:
     arguments=arguments,
     outputs=outputs,
     peak=arguments + outputs + temporaries,
+    host=stats.host_argument_size_in_bytes
+    + stats.host_temp_size_in_bytes
+    + stats.host_output_size_in_bytes
+    - stats.host_alias_size_in_bytes,
   )
 
 
@@ -111,6 +117,8 @@ def biggest(module: Module, count: int = 12) -> tuple[Buffer, ...]:
       if instruction.opcode in _NO_BUFFER or instruction.opcode.endswith("-done"):
         continue
       for shape in instruction.shapes:
+        if shape.space == HOST:
+          continue
         array = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
         source = module.source(instruction, PACKAGE)
         found.setdefault((array, source), Buffer(shape.bytes, array, instruction.opcode, source))
@@ -127,7 +135,9 @@ def _stacked(loop: Instruction, module: Module) -> int:
   return sum(
     shape.bytes
     for index, (shape, value) in enumerate(carried)
-    if shape.dims[:1] == (loop.trip_count,) and not _unchanged(value, index, body)
+    if shape.dims[:1] == (loop.trip_count,)
+    and shape.space != HOST
+    and not _unchanged(value, index, body)
   )
 
 

@@ -7,7 +7,7 @@ Place in the ring: beside it; `tools.plan_run` prints it.
 
 import dataclasses
 import pathlib
-import re
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from intellect3.models import transformer
+from intellect3.planning import advice, memory, programs, schedule, travel
 from intellect3.planning import hlo as texts
-from intellect3.planning import memory, programs, schedule
 from intellect3.planning.hardware import Hardware
 from intellect3.planning.job import Job
 from intellect3.planning.programs import Program
@@ -29,7 +29,7 @@ GIB = 2**30
 MARGIN = 0.08
 """Share of the card that a plan leaves free: the CUDA context, NCCL's buffers, fragmentation."""
 
-_RECOMPUTES = ("full", "dots", "dots_no_batch", "attention")
+_RECOMPUTES = ("full", "dots", "dots_no_batch", "attention", "offload", "offload_attention")
 """Remat policies under which the backward pass runs attention's or the experts' forward again."""
 
 
@@ -42,6 +42,7 @@ def plan(
   margin: float = MARGIN,
   say: Callable[[str], None] = lambda line: None,
   hlo: pathlib.Path | None = None,
+  options: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
   """Compiles a job's programs and reports on them.
 
@@ -53,6 +54,7 @@ def plan(
     margin: share of the device's memory to leave free.
     say: gets a line before each part of the work.
     hlo: a folder for the compiled programs' text; None: it is not kept.
+    options: of XLA for this compilation, by name; the run needs the same in XLA_FLAGS.
 
   Returns:
     A report fit for JSON: of the first program `peak_gib`, `memory`, `collectives`,
@@ -69,16 +71,17 @@ def plan(
     began = time.monotonic()
     program = programs.make(job, name, mesh)
     lowered = program.lower()
-    say(f"{name}: compiling ({time.monotonic() - began:.1f} s to trace)")
+    traced = time.monotonic() - began
+    say(f"{name}: compiling ({traced:.1f} s to trace)")
     began = time.monotonic()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=dict(options) if options else None)
     seconds = time.monotonic() - began
     say(f"{name}: compiled in {seconds:.1f} s")
     if hlo is not None:
       hlo.mkdir(parents=True, exist_ok=True)
       (hlo / f"{name}.hlo").write_text(str(compiled.as_text()))
     reports[name] = report(job, program, compiled, hardware, margin=margin)
-    reports[name]["compile_seconds"] = seconds
+    reports[name] |= {"trace_seconds": traced, "compile_seconds": seconds}
   first = next(iter(reports.values()))
   return {
     "devices": len(devices),
@@ -93,6 +96,8 @@ def plan(
     "advice": list(dict.fromkeys(line for one in reports.values() for line in one["advice"])),
     **{key: first[key] for key in _FIRST},
     "compile_seconds": sum(one["compile_seconds"] for one in reports.values()),
+    "compile_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    "xla_options": dict(options or {}),
     "margin": margin,
     "hardware": dataclasses.asdict(hardware),
     "programs": reports,
@@ -130,17 +135,21 @@ def report(
     "memory": line.memory_seconds,
     "launch": line.launch_seconds,
     "communication": line.exposed_seconds,
+    "host": line.host_seconds,
   }
   usable = hardware.memory * (1 - margin)
   on_cpu = mesh.devices.flat[0].platform == "cpu"  # where XLA widens whatever is sent
-  travelling = [] if on_cpu else float32_weights(program, line)
-  faults = [*_memory_faults(held, usable), *_weight_faults(travelling)]
+  travelling = [] if on_cpu else travel.float32_weights(program, line)
+  buffers = memory.biggest(module)
+  room = hardware.host_memory * (1 - margin)
+  found = advice.Situation(job, program, held, usable, room, line, seconds, buffers, travelling)
   return {
-    "fits": held.peak <= usable,
+    "fits": held.peak <= usable and held.host <= room,
     "peak_gib": held.peak / GIB,
     "memory": {f"{name}_gib": value / GIB for name, value in held._asdict().items()},
     "usable_gib": usable / GIB,
     "collectives": collective_rows(line, nodes),
+    "host_copies": copy_rows(line),
     "float32_weights": travelling,
     "flops_per_step": useful,
     "hlo_matrix_flops_per_device": line.matrix_flops,
@@ -150,11 +159,12 @@ def report(
     "seconds": parts,
     "limited_by": max(parts, key=lambda part: parts[part]),
     "exposed_share": line.exposed_seconds / seconds,
+    "exposed_aim": advice.AIM,
     "kernels": {"started": line.kernels, "custom": line.custom},
     "unknown_loops": list(module.unknown_loops()),
-    "biggest_buffers": [buffer._asdict() for buffer in memory.biggest(module)],
-    "faults": faults,
-    "advice": advice(job, program, held, usable, line, travelling, seconds),
+    "biggest_buffers": [buffer._asdict() for buffer in buffers],
+    "faults": advice.faults(found),
+    "advice": advice.advice(found),
   }
 
 
@@ -188,13 +198,15 @@ def collective_rows(line: schedule.Timeline, nodes: Sequence[int]) -> list[dict[
   for event in line.events:
     collective = event.collective
     link = "outer" if schedule.collectives.crosses_nodes(collective, nodes) else "inner"
-    key = (collective.kind, collective.dtype, collective.axes, link)
+    key = (collective.kind, collective.dtype, collective.axes, collective.partial, link)
     row = rows.setdefault(
       key,
       {
         "kind": collective.kind,
         "dtype": collective.dtype,
         "axes": list(collective.axes),
+        "partial": collective.partial,
+        "estimated": collective.kind == "ragged-all-to-all",
         "link": link,
         "count": 0,
         "bytes": 0,
@@ -213,118 +225,14 @@ def collective_rows(line: schedule.Timeline, nodes: Sequence[int]) -> list[dict[
   return sorted(rows.values(), key=lambda row: -row["seconds"])
 
 
-def float32_weights(program: Program, line: schedule.Timeline) -> list[dict[str, Any]]:
-  """The float32 weights that a step gathers, where the model computes in less.
-
-  A gathered array is taken for a weight that is sharded over an axis of the gather and has its
-  dimensions, whole or one layer of a stack, in any order, neighbours merged or not.
-  """
-  if program.config.dtype == "float32":
-    return []
-  params = program.first.params if hasattr(program.first, "params") else program.first
-  weights: list[tuple[str, tuple[int, ...], set[str]]] = []
-  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if leaf.ndim < 2 or "router" in name:
-      continue  # the router computes in float32
-    axes = set(jax.tree.leaves(tuple(leaf.sharding.spec)))
-    for dims in (leaf.shape, leaf.shape[1:]) if "layers" in name else (leaf.shape,):
-      if len(dims) > 1:
-        weights.append((name, dims, axes))
-  found: dict[str, dict[str, Any]] = {}
-  for event in line.events:
-    if event.collective.kind != "all-gather":
-      continue
-    for array in event.collective.arrays:
-      names = [
-        name
-        for name, dims, axes in weights
-        if array.dtype == "f32" and axes & set(event.collective.axes) and merges(dims, array.dims)
-      ]
-      if names:
-        weight = " or ".join(dict.fromkeys(names))
-        row = found.setdefault(weight, {"weight": weight, "count": 0, "bytes": 0})
-        row["count"] += event.times
-        row["bytes"] += event.times * array.bytes
-  return list(found.values())
-
-
-def merges(dims: Sequence[int], into: Sequence[int]) -> bool:
-  """Whether dimensions, in any order and multiplied together at will, are those of `into`."""
-  left = sorted((size for size in dims if size > 1), reverse=True)
-  wanted = sorted((size for size in into if size > 1), reverse=True)
-  if not left:
-    return not wanted
-  first, rest = left[0], left[1:]
-  return any(
-    size % first == 0 and merges(rest, [*wanted[:i], size // first, *wanted[i + 1 :]])
-    for i, size in enumerate(wanted)
-  )
-
-
-def _memory_faults(held: memory.Memory, usable: float) -> list[str]:
-  if held.peak <= usable:
-    return []
-  return [f"peak {held.peak / GIB:.1f} GiB: more than the {usable / GIB:.1f} GiB that are usable"]
-
-
-def _weight_faults(travelling: Sequence[Mapping[str, Any]]) -> list[str]:
-  return [
-    f"float32 weight {row['weight']} is gathered {row['count']} times, {row['bytes'] / GIB:.2f} GiB"
-    for row in travelling
-  ]
-
-
-def advice(
-  job: Job,
-  program: Program,
-  held: memory.Memory,
-  usable: float,
-  line: schedule.Timeline,
-  travelling: Sequence[Any],
-  seconds: float,
-) -> list[str]:
-  """What to change, where something does not fit or stands still."""
-  lines = []
-  shards = program.mesh.size
-  if held.peak > usable:
-    state = held.parameters + held.optimizer + held.reference
-    if state > usable / 2:
-      lines.append(
-        f"parameters and optimizer state take {state / GIB:.1f} GiB a device: more devices on "
-        f"fsdp (now {program.mesh.shape['fsdp']}), or an optimizer with less state (muon)"
-      )
-    if held.activations > held.peak / 8 and program.config.remat_policy != "full":
-      lines.append(
-        f"activations take {held.activations / GIB:.1f} GiB: model_options remat_policy 'full' "
-        f"(now {program.config.remat_policy!r})"
-      )
-    if job.micro_rows > shards:
-      lines.append(
-        f"temporaries take {held.temporaries / GIB:.1f} GiB: micro_rows {shards} (now "
-        f"{job.micro_rows})"
-      )
-    elif held.temporaries > held.peak / 3:
-      lines.append(
-        f"temporaries take {held.temporaries / GIB:.1f} GiB: shorter rows (row_length, now "
-        f"{job.row_length}), a smaller head_chunk_size (now {job.head_chunk_size}), another layout "
-        "or kernel where the biggest buffers are written"
-      )
-  hidden = sum(event.in_unknown_loop for event in line.events)
-  if hidden:
-    lines.append(
-      f"{hidden} collectives stand in loops whose trip count XLA does not know: they send more "
-      "than is counted here"
-    )
-  if travelling:
-    lines.append("cast parameters to the computation's dtype before they are gathered")
-  slow = line.exposed_seconds / seconds
-  if slow > 0.05:
-    worst = max(line.events, key=lambda event: event.times * event.exposed_seconds)
-    where = re.sub(r"jit\(\w+\)/|closed_call/|body/|while/", "", worst.source)
-    lines.append(
-      f"the step waits for collectives {slow:.0%} of its time (aim: 5%), most for "
-      f"{worst.collective.kind} {worst.collective.dtype} over {'+'.join(worst.collective.axes)}"
-      f"{f' of {where}' if where else ''}"
-    )
-  return lines
+def copy_rows(line: schedule.Timeline) -> list[dict[str, Any]]:
+  """What a step moves between a device and its host, by direction."""
+  rows: dict[str, dict[str, Any]] = {}
+  for copied in line.copies:
+    empty = {"kind": copied.copy.kind, "count": 0, "bytes": 0, "seconds": 0.0}
+    row = rows.setdefault(copied.copy.kind, {**empty, "exposed_seconds": 0.0})
+    row["count"] += copied.times
+    row["bytes"] += copied.times * copied.copy.bytes
+    row["seconds"] += copied.times * copied.seconds
+    row["exposed_seconds"] += copied.times * copied.exposed_seconds
+  return list(rows.values())

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from intellect3.planning import collectives
+from intellect3.planning import collectives, host_copies
 from intellect3.planning.collectives import Collective
 from intellect3.planning.hardware import Hardware
 from intellect3.planning.hlo import Computation, Instruction, Module, runs
+from intellect3.planning.host_copies import HostCopy
 
 # No kernel: names for values, or bookkeeping on the host.
 _FREE = frozenset(
@@ -25,6 +26,15 @@ _FREE = frozenset(
 _CONTRACTED = re.compile(r"lhs_contracting_dim(?:s=|ensions\":\[\")(?:\{)?(?P<dims>[\d,\"]*)")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")
+
+
+class Copied(NamedTuple):
+  """A copy between device and host in the schedule; fields as `Event`'s."""
+
+  copy: HostCopy
+  times: int
+  seconds: float
+  exposed_seconds: float
 
 
 class Event(NamedTuple):
@@ -61,6 +71,7 @@ class Timeline:
     kernels: instructions that start one.
     custom: how often each custom call runs.
     events: the collectives, in the order of the schedule.
+    copies: those between device and host.
   """
 
   seconds: float = 0.0
@@ -72,11 +83,24 @@ class Timeline:
   kernels: int = 0
   custom: dict[str, int] = dataclasses.field(default_factory=dict)
   events: list[Event] = dataclasses.field(default_factory=list)
+  copies: list[Copied] = dataclasses.field(default_factory=list)
 
   @property
   def exposed_seconds(self) -> float:
     """Of all collectives."""
     return sum(event.times * event.exposed_seconds for event in self.events)
+
+  @property
+  def host_seconds(self) -> float:
+    """That the device waits for copies to or from its host."""
+    return sum(copied.times * copied.exposed_seconds for copied in self.copies)
+
+  def add(self, event: "Event | Copied") -> None:
+    """Adds a collective or a copy."""
+    if isinstance(event, Event):
+      self.events.append(event)
+    else:
+      self.copies.append(event)
 
 
 def timeline(
@@ -107,8 +131,15 @@ def _run(
 ) -> float:
   """Adds one computation that runs so often to the line; returns the seconds of one run."""
   computation = module.computations[name]
-  clock = link_free = 0.0
-  pending: dict[str, tuple[Event, float]] = {}
+  clock = 0.0
+  free = {"network": 0.0, "d2h": 0.0, "h2d": 0.0}  # when each way is
+  pending: dict[str, tuple[Event | Copied, float]] = {}
+
+  def wait(event: Event | Copied, ends: float) -> float:
+    waited = max(0.0, ends - clock)
+    line.add(event._replace(exposed_seconds=waited))
+    return clock + waited
+
   for instruction in computation.instructions:
     parts = runs(instruction)
     if parts:
@@ -119,32 +150,52 @@ def _run(
       ]
       clock += max(took)  # of branches, the longest
       continue
-    found = collectives.find(instruction, computation, axes, module)
-    if found is not None:
-      seconds = collectives.seconds(found, hardware, nodes)
-      event = Event(found, times, seconds, seconds, unknown, instruction.op_name)
-      begins = max(clock, link_free)
-      link_free = begins + seconds
-      if found.start and '"is_sync":true' not in instruction.attributes:
-        pending[instruction.name] = (event, link_free)
-        continue
-      line.events.append(event)
-      clock = link_free
+    began = _begun(instruction, computation, module, hardware, axes, nodes)
+    if began is not None:
+      event = (
+        Event(began.what, times, began.seconds, began.seconds, unknown, instruction.op_name)
+        if isinstance(began.what, Collective)
+        else Copied(began.what, times, began.seconds, began.seconds)
+      )
+      way = "network" if isinstance(began.what, Collective) else began.what.kind
+      free[way] = max(clock, free[way]) + began.seconds
+      if began.what.start and '"is_sync":true' not in instruction.attributes:
+        pending[instruction.name] = (event, free[way])
+      else:
+        clock = wait(event, free[way])
       continue
     started = next((pending.pop(o) for o in instruction.operands if o in pending), None)
     if started is not None:
-      event, ends = started
-      waited = max(0.0, ends - clock)
-      line.events.append(event._replace(exposed_seconds=waited))
-      clock += waited
+      clock = wait(*started)
       continue
     clock += _kernel(instruction, computation, module, times, line, hardware)
   # What is still on its way when a computation ends is waited for there.
   for event, ends in pending.values():
-    waited = max(0.0, ends - clock)
-    line.events.append(event._replace(exposed_seconds=waited))
-    clock += waited
+    clock = wait(event, ends)
   return clock
+
+
+class _Begun(NamedTuple):
+  what: Collective | HostCopy
+  seconds: float
+
+
+def _begun(
+  instruction: Instruction,
+  computation: Computation,
+  module: Module,
+  hardware: Hardware,
+  axes: Mapping[str, int],
+  nodes: Sequence[int],
+) -> _Begun | None:
+  """The collective or copy that an instruction is or begins, and how long it takes alone."""
+  copied = host_copies.find(instruction, computation, module)
+  if copied is not None:
+    return _Begun(copied, hardware.host_seconds(copied.bytes))
+  found = collectives.find(instruction, computation, axes, module)
+  if found is not None:
+    return _Begun(found, collectives.seconds(found, hardware, nodes))
+  return None
 
 
 def _kernel(
@@ -184,7 +235,7 @@ def matrix_flops(
   Two per multiply and add. A fusion does those inside it; of custom calls only XLA's own matrix
   products are known, any other counts as none.
   """
-  if instruction.opcode in ("fusion", "async-start"):
+  if instruction.opcode in ("fusion", "fusion-start", "async-start"):
     total, dtype = 0.0, "f32"
     for name in instruction.called("calls"):
       inner = module.computations[name]
@@ -212,7 +263,9 @@ def memory_bytes(instruction: Instruction, computation: Computation, module: Mod
   operands = [
     computation.by_name[name] for name in instruction.operands if name in computation.by_name
   ]
-  if instruction.opcode == "fusion":
+  if instruction.opcode == "copy-start":
+    return 2 * instruction.shapes[0].bytes
+  if instruction.opcode in ("fusion", "fusion-start", "async-start"):
     return sum(_fused_bytes(module.computations[name]) for name in instruction.called("calls"))
   if instruction.opcode in _SLICES:
     return 2 * instruction.bytes

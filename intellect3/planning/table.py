@@ -27,7 +27,11 @@ def table(report: Mapping[str, Any]) -> str:
     lines += ["", CPU_NOTE]
   for name, one in report["programs"].items():
     lines += ["", *_program(name, one)]
-  lines += ["", "fits" if report["fits"] else "DOES NOT FIT"]
+  lines += [
+    "",
+    f"compiled in {report['compile_seconds']:.0f} s at {report['compile_peak_rss_gib']:.1f} GiB",
+    "fits" if report["fits"] else "DOES NOT FIT",
+  ]
   lines += [f"fault: {fault}" for fault in report["faults"]]
   lines += [f"advice: {line}" for line in report["advice"]]
   return "\n".join(lines)
@@ -64,6 +68,8 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
     f"{one['predicted_tokens_per_second']:,.0f} tokens/s, MFU {one['predicted_mfu']:.1%}, "
     f"limited by {one['limited_by']}; compiled in {one['compile_seconds']:.0f} s",
     "  seconds: " + ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
+    f"  waits for collectives {one['exposed_share']:.1%} of the step (aim: at most "
+    f"{one['exposed_aim']:.0%})",
     f"  arithmetic: {one['flops_per_step']:.3e} FLOP a step",
     f"  memory per device: peak {one['peak_gib']:.2f} of {one['usable_gib']:.1f} GiB usable: "
     + ", ".join(
@@ -80,12 +86,23 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
     lines += _indent(_columns(("GiB", "biggest buffers", "written at"), rows))
   if one["collectives"]:
     rows = [_collective(row) for row in one["collectives"]]
-    header = ("collective", "dtype", "axes", "link", "count", "GB a step", "seconds", "exposed")
+    header = (
+      *("collective", "dtype", "axes", "link", "count", "GB a step", "seconds", "overlapped"),
+      "exposed",
+    )
+    lines += _indent(_columns(header, rows))
+  if one["host_copies"]:
+    rows = [
+      (row["kind"], str(row["count"]), f"{row['bytes'] / 1e9:.3f}", *_times(row))
+      for row in one["host_copies"]
+    ]
+    header = ("to or from the host", "count", "GB a step", "seconds", "overlapped", "exposed")
     lines += _indent(_columns(header, rows))
   if one["unknown_loops"]:
     lines.append(
       f"  {len(one['unknown_loops'])} loops have a trip count that XLA does not know; what is in "
-      "them counts once (+), and their arithmetic is taken from the analytic count"
+      "them counts once (+: of the experts' exchange, one round), and their arithmetic is taken "
+      "from the analytic count"
     )
   return lines
 
@@ -94,13 +111,17 @@ def _collective(row: Mapping[str, Any]) -> tuple[str, ...]:
   return (
     row["kind"],
     row["dtype"],
-    "+".join(row["axes"]) or "?",
+    ("+".join(row["axes"]) or "none") + (" (part)" if row["partial"] else ""),
     row["link"],
     f"{row['count']}{'+' if row['in_unknown_loops'] else ''}",
-    f"{row['bytes'] / 1e9:.3f}",
-    f"{row['seconds']:.4f}",
-    f"{row['exposed_seconds']:.4f}",
+    f"{'<= ' if row['estimated'] else ''}{row['bytes'] / 1e9:.3f}",
+    *_times(row),
   )
+
+
+def _times(row: Mapping[str, Any]) -> tuple[str, str, str]:
+  seconds, exposed = row["seconds"], row["exposed_seconds"]
+  return f"{seconds:.4f}", f"{max(0.0, seconds - exposed):.4f}", f"{exposed:.4f}"
 
 
 def _indent(lines: Iterable[str]) -> list[str]:

@@ -142,9 +142,8 @@ def test_every_host_has_the_counts_of_the_whole_step(tmp_path):
     array = getattr(whole, f"{key}_weights")
     assert getattr(whole.component_denominators, key) == (array != 0).sum() > 0
   for process in (0, 1):
-    part = rollout_source.load_batch(
-      tmp_path, manifest, **load, process_index=process, process_count=2
-    )
+    share = packing.Share((process,), 2)
+    part = rollout_source.load_batch(tmp_path, manifest, **load, share=share)
     assert part.component_denominators == whole.component_denominators
     assert part.loss_sequences == whole.loss_sequences
     assert 0 < (part.ce_weights != 0).sum() < whole.component_denominators.ce

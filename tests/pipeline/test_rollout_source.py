@@ -13,7 +13,7 @@ import pytest
 from pipeline_records import commit
 
 from intellect3 import rollout_log
-from intellect3.pipeline import placement, rollout_source
+from intellect3.pipeline import packing, placement, rollout_source
 
 LENGTHS = [5, 9, 16, 7, 3, 4, 12, 8]
 
@@ -148,18 +148,44 @@ def test_an_injected_wait_is_used(tmp_path):
     _batches(tmp_path, wait=wait, notify=threading.Event())
 
 
-def test_hosts_read_disjoint_rows_that_make_up_the_batch(tmp_path):
-  manifest, _ = commit(tmp_path, 1, LENGTHS)
-  load = {"row_length": 16, "micro_rows": 2}
+def test_processes_open_the_records_of_their_own_rows_alone(tmp_path, monkeypatch):
+  manifest, records = commit(tmp_path, 1, LENGTHS, shards=4)
+  load = {"row_length": 16, "micro_rows": 4}
   whole = rollout_source.load_batch(tmp_path, manifest, **load)
-  parts = [
-    rollout_source.load_batch(tmp_path, manifest, **load, process_index=p, process_count=2)
-    for p in (0, 1)
-  ]
-  for name in ("tokens", "segment_ids", "advantages"):
-    joined = np.concatenate([getattr(part, name) for part in parts])
-    assert np.array_equal(joined, getattr(whole, name))
-  assert all(part.loss_tokens == whole.loss_tokens for part in parts)
+  read, opened = rollout_log._read, []
+
+  def counting(path, entry, offsets):
+    opened.extend((path.name, offset) for offset in offsets)
+    return read(path, entry, offsets)
+
+  monkeypatch.setattr(rollout_log, "_read", counting)
+  lengths = {
+    (entry.file, offset): length
+    for entry in manifest.shards
+    for offset, length in enumerate(entry.lengths)
+  }
+  # Of four blocks one process holds the first and the last, another the two between.
+  for process, blocks in enumerate([(0, 3), (1, 2)]):
+    opened.clear()
+    share = packing.Share(blocks, 4)
+    part = rollout_source.load_batch(
+      tmp_path, manifest, **load, share=share, process_index=process, process_count=2
+    )
+    size = len(whole.tokens) // 4
+    own = [row for block in blocks for row in range(block * size, (block + 1) * size)]
+    for name in ("tokens", "segment_ids", "advantages"):
+      assert np.array_equal(getattr(part, name), getattr(whole, name)[own])
+    assert part.loss_tokens == whole.loss_tokens
+    assert sum(lengths[each] for each in opened) == int((whole.segment_ids[own] > 0).sum())
+    assert 0 < len(opened) == len(set(opened)) < len(records)
+
+
+def test_rows_that_do_not_divide_into_the_blocks_are_refused(tmp_path):
+  manifest, _ = commit(tmp_path, 1, LENGTHS)
+  with pytest.raises(ValueError, match="row_counts: expected multiples of 3 blocks, got 4"):
+    rollout_source.load_batch(
+      tmp_path, manifest, row_length=16, micro_rows=4, share=packing.Share((0,), 3)
+    )
 
 
 def _edit(manifest, log_dir, **changes):

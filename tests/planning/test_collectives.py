@@ -57,13 +57,14 @@ def found():
     ("everyone", "all-reduce", ("data", "fsdp", "expert"), 128, 224),
     ("scatter", "reduce-scatter", ("data", "expert"), 128, 96),
     ("permute", "collective-permute", ("fsdp",), 32, 32),
-    ("odd", "all-to-all", (), 32, 16),
+    ("odd", "all-to-all", ("data", "fsdp", "expert"), 32, 16),
   ],
 )
 def test_kind_axes_and_bytes(found, name, kind, axes, size, wire):
   one = found[name]
   assert (one.kind, one.bytes, one.wire_bytes) == (kind, size, wire)
   assert one.axes == axes
+  assert one.partial == (name == "odd")  # pairs across corners: no axis joins just them
 
 
 def test_only_what_begins_is_counted(found):

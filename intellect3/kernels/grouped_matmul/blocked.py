@@ -48,6 +48,11 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def _own(plan: dispatch.Plan, expert: jax.Array, block: jax.Array, size: int) -> jax.Array:
+  """Which rows of an expert's block are its own: bool [size, 1]."""
+  return jnp.arange(size)[:, None] < plan.counts_E[expert] - block * size
+
+
 _rows = jax.lax.dynamic_slice_in_dim
 
 
@@ -79,6 +84,7 @@ def _forward(
       y_PD, gate_PF, up_PF = carry
       start = plan.starts_E[expert] + block * block_size
       x_RD = dispatch.take(x_TD, _rows(plan.tokens_P, start, block_size))
+      x_RD = jnp.where(_own(plan, expert, block, block_size), x_RD, 0)
       gate_RF, up_RF = _dot(x_RD, gate_DF), _dot(x_RD, up_DF)
       gated_RF = jax.nn.silu(gate_RF) * up_RF
       y_PD = _put_rows(y_PD, _dot(gated_RF.astype(x_TD.dtype), down_FD), start)
@@ -119,9 +125,9 @@ def _expert_mlp_bwd(block_size: int, saved: Any, dout_TD: jax.Array) -> tuple[An
       dx_PD, dweights_P, dgate_DF, dup_DF, ddown_FD = carry
       start = plan.starts_E[expert] + block * block_size
       tokens_R = _rows(plan.tokens_P, start, block_size)
-      # The next expert's rows must add nothing to this one's gradients: zeros here are enough.
-      own_R = jnp.arange(block_size) < plan.counts_E[expert] - block * block_size
-      dy_RD = jnp.where(own_R[:, None], dispatch.take(dout_TD, tokens_R), 0)
+      # The next rows must add nothing to this expert's gradients, nor NaN, if they have no expert.
+      own_R1 = _own(plan, expert, block, block_size)
+      dy_RD = jnp.where(own_R1, dispatch.take(dout_TD, tokens_R), 0)
       gate_RF, up_RF = (_rows(h, start, block_size).astype(jnp.float32) for h in hidden_PX)
       sigmoid_RF = jax.nn.sigmoid(gate_RF)
       silu_RF = gate_RF * sigmoid_RF
@@ -132,7 +138,7 @@ def _expert_mlp_bwd(block_size: int, saved: Any, dout_TD: jax.Array) -> tuple[An
       dgated_RF = weights_R1 * dunweighted_RF
       dgate_RF = (dgated_RF * up_RF * slope_RF).astype(dtype)
       dup_RF = (dgated_RF * silu_RF).astype(dtype)
-      x_RD = dispatch.take(x_TD, tokens_R)
+      x_RD = jnp.where(own_R1, dispatch.take(x_TD, tokens_R), 0)
       gated_RF = (weights_R1 * silu_RF * up_RF).astype(dtype)
       return (
         _put_rows(dx_PD, _dot(dgate_RF, gate_DF.T) + _dot(dup_RF, up_DF.T), start),

@@ -17,6 +17,8 @@ def expert_mlp(
 ) -> jax.Array:
   """See `interface.expert_mlp`; all hidden activations `[T, E, F]` are held in float32."""
   wide = jnp.float32
+  some_T1 = jnp.any(experts_TA < gate_EDF.shape[0], axis=1, keepdims=True)
+  x_TD = jnp.where(some_T1, x_TD, 0)
   chosen_TAE = experts_TA[:, :, None] == jnp.arange(gate_EDF.shape[0])
   weights_TE = jnp.sum(jnp.where(chosen_TAE, weights_TA.astype(wide)[:, :, None], 0), axis=1)
   gate_TEF = jnp.einsum("TD,EDF->TEF", x_TD, gate_EDF, preferred_element_type=wide)
@@ -25,4 +27,5 @@ def expert_mlp(
   y_TD = jnp.einsum(
     "TEF,EFD->TD", hidden_TEF.astype(x_TD.dtype), down_EFD, preferred_element_type=wide
   )
-  return y_TD.astype(x_TD.dtype)
+  # Again, so that the cotangents of tokens without experts go nowhere either.
+  return jnp.where(some_T1, y_TD, 0).astype(x_TD.dtype)

@@ -7,6 +7,7 @@ import importlib.util
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from intellect3.kernels.grouped_matmul import blocked, dense, tokamax
 from intellect3.kernels.platform import PLATFORMS, traced_platform
@@ -30,12 +31,16 @@ def expert_mlp(
   Nothing is dropped, whatever the routing. For one shape of the arguments a token's result does not
   depend on the other tokens, bit for bit.
 
+  A pair whose expert is E has none: it adds nothing, costs next to nothing, and its weight gets no
+  gradient. A token whose pairs are all such gets zeros, and what stands in its rows of x, weights
+  and cotangent reaches nothing, be it NaN.
+
   Args:
     x_TD: floating [T, D].
     gate_EDF: floating [E, D, F].
     up_EDF: floating [E, D, F].
     down_EFD: floating [E, F, D].
-    experts_TA: integer [T, A], the experts of each token, each in [0, E).
+    experts_TA: integer [T, A], the experts of each token, each in [0, E]; E means none.
     weights_TA: floating [T, A].
     implementation: `dense` computes every expert on every token (the oracle; the fastest for a
       handful of small experts); `blocked` only what was routed, in blocks of rows; `tokamax` is a
@@ -60,6 +65,7 @@ def expert_mlp(
   experts, embed, mlp = gate_EDF.shape
   chex.assert_shape(x_TD, (experts_TA.shape[0], embed))
   chex.assert_shape(down_EFD, (experts, mlp, embed))
+  weights_TA = jnp.where(experts_TA < experts, weights_TA, 0)
   arrays = (x_TD, gate_EDF, up_EDF, down_EFD, experts_TA, weights_TA)
   if name == "dense":
     return dense.expert_mlp(*arrays)

@@ -85,7 +85,7 @@ def _combine_bwd(saved: Any, dout_TD: jax.Array) -> Any:
   dout_PD = dispatch.take(dout_TD, plan.tokens_P)
   weights_P = dispatch.sort(weights_TA.astype(jnp.float32), plan)
   dweights_P = jnp.sum(dout_PD * y_PD.astype(jnp.float32), axis=1)
-  dweights_TA = dispatch.take(dweights_P, plan.rows_TA)
+  dweights_TA = jnp.where(plan.own_TA, dispatch.take(dweights_P, plan.rows_TA), 0)
   dy_PD = (weights_P[:, None] * dout_PD).astype(y_PD.dtype)
   return dy_PD, dweights_TA.astype(weights_TA.dtype), _no_gradient(plan)
 

@@ -1,0 +1,175 @@
+"""The processes of one program: started together, agreeing through the coordinator, ended together.
+
+Place in the ring: `rl.trainer` and `sft` run inside `started`. What is agreed here (which batch is
+there, whether to stop, what was written) travels through the coordinator's small key-value store
+and not through collectives of the devices, so it may be asked from any thread and in any order
+relative to the devices' work.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+
+from intellect3.distributed.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+
+_POLL_MS = 1000
+_CHUNK = 1 << 20
+"""Most bytes of one value; the store's messages are bounded."""
+
+
+class Stop(Protocol):
+  """What ends a wait."""
+
+  def is_set(self) -> bool:
+    """Whether to end."""
+    ...
+
+
+class Processes:
+  """This process among the others. Values are what JSON holds; names may be used again."""
+
+  def __init__(self, index: int = 0, count: int = 1, store: Any = None) -> None:
+    """One of `count`.
+
+    Args:
+      index: this process's number.
+      count: of processes.
+      store: the client of the coordinator; not asked where there is one process.
+    """
+    self.index = index
+    self.count = count
+    self._store = store
+    self._uses: Counter[str] = Counter()
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this one speaks for all: talks to others, writes metrics, removes old files."""
+    return self.index == 0
+
+  def post(self, name: str, value: Any) -> None:
+    """Process 0 says a value once under a name of its own, for `await_post`."""
+    if self.count > 1:
+      self._put(f"post/{name}", value)
+
+  def await_post(self, name: str, stop: Stop | None = None) -> Any:
+    """What process 0 posted; waits for it. None where `stop` was set before it came."""
+    return self._take(f"post/{name}", stop)
+
+  def broadcast(self, name: str, value: Any) -> Any:
+    """Process 0's value, on every process; all must call it, as often for each name."""
+    if self.count == 1:
+      return value
+    key = self._next(name)
+    if self.is_first:
+      self._put(key, value)
+      return value
+    return self._take(key)
+
+  def gather(self, name: str, value: Any) -> list[Any]:
+    """Every process's value, in their order, on every process; all must call it likewise."""
+    if self.count == 1:
+      return [value]
+    key = self._next(name)
+    self._put(f"{key}/{self.index}", value)
+    values = [self._take(f"{key}/{other}") for other in range(self.count)]
+    # Whoever put a value here had taken all of the call before.
+    before = self._uses[name] - 1
+    if before:
+      self._store.key_value_delete(f"intellect3/{name}/{before}/{self.index}/")
+    return values
+
+  def barrier(self, name: str) -> None:
+    """Returns once every process is here."""
+    self.gather(name, None)
+
+  def _next(self, name: str) -> str:
+    self._uses[name] += 1
+    return f"{name}/{self._uses[name]}"
+
+  def _put(self, key: str, value: Any) -> None:
+    text = json.dumps(value)
+    parts = [text[at : at + _CHUNK] for at in range(0, len(text), _CHUNK)]
+    for number, part in enumerate(parts):
+      self._store.key_value_set(f"intellect3/{key}/{number}", part)
+    self._store.key_value_set(f"intellect3/{key}/count", str(len(parts)))
+
+  def _take(self, key: str, stop: Stop | None = None) -> Any:
+    count = self._wait(f"intellect3/{key}/count", stop)
+    if count is None:
+      return None
+    parts = [self._wait(f"intellect3/{key}/{number}", None) for number in range(int(count))]
+    return json.loads("".join(map(str, parts)))
+
+  def _wait(self, key: str, stop: Stop | None) -> str | None:
+    while stop is None or not stop.is_set():
+      try:
+        return self._store.blocking_key_value_get(key, _POLL_MS)
+      except Exception as error:  # jaxlib's own class; a time-out is no failure
+        if "DEADLINE_EXCEEDED" not in str(error):
+          raise
+    return None
+
+
+@contextlib.contextmanager
+def started(cluster: Cluster | None) -> Iterator[Processes]:
+  """Starts `jax.distributed` and gives this process's `Processes`; before any device is touched.
+
+  A process that fails inside ends at once with exit code 1, its traceback in the log: at the usual
+  end it would wait for the others, which wait for it. They end by its closed connections, or after
+  `heartbeat_seconds`.
+
+  Args:
+    cluster: of `cluster.detect`; None, or one of one process: nothing is started.
+
+  Raises:
+    RuntimeError: the processes did not meet in time, or a device has been touched before.
+  """
+  if cluster is None or cluster.num_processes == 1:
+    yield Processes()
+    return
+  # Only asked on CPUs; the default there has no collectives between processes.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  logger.info(
+    "process %d of %d (%s), coordinator %s",
+    *(cluster.process_id, cluster.num_processes, cluster.launcher, cluster.coordinator),
+  )
+  jax.distributed.initialize(
+    cluster.coordinator,
+    num_processes=cluster.num_processes,
+    process_id=cluster.process_id,
+    local_device_ids=cluster.local_devices,
+    cluster_detection_method="deactivate",
+    initialization_timeout=cluster.start_seconds,
+    heartbeat_timeout_seconds=cluster.heartbeat_seconds,
+    shutdown_timeout_seconds=cluster.shutdown_seconds,
+  )
+  try:
+    yield Processes(cluster.process_id, cluster.num_processes, _store())
+    jax.distributed.shutdown()
+  except BaseException as error:
+    traceback.print_exc()
+    print(
+      f"error: process {cluster.process_id} of {cluster.num_processes} failed: "
+      f"{type(error).__name__}: {error}",
+      file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _store() -> Any:
+  # The store has no public name; Orbax and jax.experimental reach it here too.
+  from jax._src import distributed
+
+  return distributed.global_state.client
