@@ -7,6 +7,7 @@ Layers of one kind are stacked and scanned, so compile time does not grow with d
 (residual stream, KV cache); the layer's index is a scanned input.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -241,7 +242,6 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
   return nn.meta.unbox(_boxed_init(config, key))
 
 
-@functools.lru_cache(maxsize=64)
 def abstract(config: ModelConfig) -> tuple[Params, Params]:
   """Shapes and logical axes of the parameters; nothing is allocated.
 
@@ -251,6 +251,14 @@ def abstract(config: ModelConfig) -> tuple[Params, Params]:
     Two nested dicts, not to be changed, of the parameters' structure: of `jax.ShapeDtypeStruct`,
     and of tuples with one axis name (or None) per dimension. Map over both, the shapes first.
   """
+  # Shapes do not depend on the kernels, and those of a GPU refuse to be traced without it.
+  return _abstract(
+    dataclasses.replace(config, attention="plain", grouped_matmul="dense", remat_policy="none")
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig) -> tuple[Params, Params]:
   boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
   is_boxed = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
   axes = jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_boxed)
