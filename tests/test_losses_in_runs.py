@@ -16,7 +16,7 @@ import pytest
 from experiments import gin_config
 from intellect3 import rl
 from intellect3.models import hf, presets, transformer
-from intellect3.rl.trainer import effective_sample_share
+from intellect3.rl.train_loop import effective_sample_share
 from intellect3.training import loss_inputs
 
 RUNS = pathlib.Path("experiments/configs/runs")

@@ -3,7 +3,7 @@
     python -m tools.plan_run --gin FILE [--gin FILE ..] [--set a.b=c ..]
         [--target h100|h200|b200|v5p] [--devices N] [--json OUT] [--programs rl_step,logprobs]
         [--rows N] [--trajectory-tokens N] [--margin 0.08] [--hardware FILE] [--allow-cpu]
-        [--search]
+        [--search [--search-most 12]] [--xla NAME=VALUE ..]
 
 Compiles the functions that the run would jit, for the target and without a device (the wheels of
 `make plan`), and reports memory, collectives, arithmetic and a predicted step time per device.
@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--allow-cpu", action="store_true", help="compile for fake CPU devices")
   parser.add_argument("--search", action="store_true", help="rank the layouts that divide")
+  parser.add_argument("--search-most", type=int, default=12, help="layouts to compile at most")
+  parser.add_argument(
+    "--xla", action="append", default=[], metavar="NAME=VALUE", help="option of XLA's compiler"
+  )
   parser.add_argument("--hlo", type=pathlib.Path, help="a folder for the compiled programs' text")
   return parser
 
@@ -99,11 +103,34 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
   head = {"target": name, "gin": arguments.gin, "bindings": arguments.bindings}
   if arguments.search:
     return head | search.search(
-      job, devices, constants, program=first, margin=arguments.margin, say=say
+      job,
+      devices,
+      constants,
+      program=first,
+      margin=arguments.margin,
+      most=arguments.search_most,
+      say=say,
     )
   return head | plan.plan(
-    job, devices, constants, names=names, margin=arguments.margin, say=say, hlo=arguments.hlo
+    job,
+    devices,
+    constants,
+    names=names,
+    margin=arguments.margin,
+    say=say,
+    hlo=arguments.hlo,
+    options=_options(arguments.xla),
   )
+
+
+def _options(given: list[str]) -> dict[str, str]:
+  options = {}
+  for one in given:
+    name, separator, value = one.partition("=")
+    if not separator or not name:
+      raise ValueError(f"--xla: expected NAME=VALUE, got {one!r}")
+    options[name] = value
+  return options
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     cluster     from the environment (Slurm, Kubernetes, plain variables): who is who    (no jax)
     processes   starts jax.distributed; barriers, broadcasts and gathers between the processes
+    arrays      what is computed together, on every host
     watchdog    ends a process that makes no progress, with its stacks in the log        (no jax)
 
 Place in the ring: level 0. What is started here is the trainer of `rl` and `sft`; the other roles

@@ -120,6 +120,10 @@ class Processes:
     return None
 
 
+ALONE = Processes()
+"""Of a program that is one process."""
+
+
 @contextlib.contextmanager
 def started(cluster: Cluster | None) -> Iterator[Processes]:
   """Starts `jax.distributed` and gives this process's `Processes`; before any device is touched.
@@ -135,7 +139,7 @@ def started(cluster: Cluster | None) -> Iterator[Processes]:
     RuntimeError: the processes did not meet in time, or a device has been touched before.
   """
   if cluster is None or cluster.num_processes == 1:
-    yield Processes()
+    yield ALONE
     return
   # Only asked on CPUs; the default there has no collectives between processes.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")

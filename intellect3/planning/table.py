@@ -39,26 +39,30 @@ def table(report: Mapping[str, Any]) -> str:
 
 def ranking(report: Mapping[str, Any]) -> str:
   """The layouts of a search, the best first, and the plan of the best."""
-  rows = [
-    (
-      " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items()),
-      str(row["micro_rows"]),
-      *(
-        (row["error"], "", "", "", "")
-        if "error" in row
-        else (
-          f"{row['peak_gib']:.1f}",
-          "yes" if row["fits"] else "no",
-          f"{row['predicted_step_seconds']:.2f}",
-          f"{row['predicted_mfu']:.1%}",
-          row["limited_by"],
-        )
-      ),
-    )
-    for row in report["ranking"]
-  ]
-  header = ("layout", "micro rows", "peak GiB", "fits", "seconds", "MFU", "limited by")
-  return "\n".join([*_columns(header, rows), "", "The best:", "", table(report)])
+  rows = [_ranked(row) for row in report["ranking"] if "error" not in row]
+  header = (
+    *("layout", "rules", "micro rows", "peak GiB", "fits", "seconds", "MFU", "waits", "limited by"),
+  )
+  errors = [row["error"] for row in report["ranking"] if "error" in row]
+  lines = [*_columns(header, rows), *(f"does not divide: {one}" for one in dict.fromkeys(errors))]
+  return "\n".join([*lines, "", "The best:", "", table(report)])
+
+
+def _ranked(row: Mapping[str, Any]) -> tuple[str, ...]:
+  layout = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+  head = (layout or "one device", row["rules"], str(row["micro_rows"]))
+  if "skipped" in row:
+    least = f">= {row['bound_gib']:.1f}"
+    return (*head, least, "?", "", "", "", f"not compiled: {row['skipped']}")
+  return (
+    *head,
+    f"{row['peak_gib']:.1f}",
+    "yes" if row["fits"] else "no",
+    f"{row['predicted_step_seconds']:.2f}",
+    f"{row['predicted_mfu']:.1%}",
+    f"{row['exposed_share']:.0%}",
+    row["limited_by"],
+  )
 
 
 def _program(name: str, one: Mapping[str, Any]) -> list[str]:
@@ -92,12 +96,12 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
     )
     lines += _indent(_columns(header, rows))
   if one["host_copies"]:
-    rows = [
+    copies = [
       (row["kind"], str(row["count"]), f"{row['bytes'] / 1e9:.3f}", *_times(row))
       for row in one["host_copies"]
     ]
-    header = ("to or from the host", "count", "GB a step", "seconds", "overlapped", "exposed")
-    lines += _indent(_columns(header, rows))
+    head = ("to or from the host", "count", "GB a step", "seconds", "overlapped", "exposed")
+    lines += _indent(_columns(head, copies))
   if one["unknown_loops"]:
     lines.append(
       f"  {len(one['unknown_loops'])} loops have a trip count that XLA does not know; what is in "

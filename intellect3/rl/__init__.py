@@ -2,7 +2,7 @@
 
     roles         what the roles share; `run` checks a run whole and starts one role or all
     checks        of a run's parameters, before anything starts
-    trainer       batches -> steps -> published weights, checkpoints     (jax)
+    trainer       batches -> steps -> published weights, checkpoints     (jax; one or several)
     orchestrator  what is attempted, batched and synced when             (no jax)
     worker        environments against the servers                      (no jax)
     inference     the command line of a server

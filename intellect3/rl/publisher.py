@@ -4,6 +4,8 @@ while the next step runs.
     gather   blocks the trainer: the canary's logprobs, then a copy of the weights on the host
     write    in a thread: shards, manifest, rename; then the orchestrator is told
 
+Of several processes each gathers and writes its share of the files; the first does the rest.
+
 One version is written at a time; the next waits for it, and says how long.
 """
 
@@ -17,12 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from intellect3.distributed import arrays
+from intellect3.distributed.processes import ALONE, Processes
 from intellect3.models.config import ModelConfig
 from intellect3.rl.roles import Shared
 from intellect3.training import scoring
 from intellect3.training import state as states
+from intellect3.weights import gather, publish
 from intellect3.weights import manifest as manifests
-from intellect3.weights import publish
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class Publisher:
     dtype: str | None,
     shard_bytes: int,
     threads: int,
+    processes: Processes = ALONE,
   ) -> None:
     self._shared = shared
     self._config = config
@@ -54,7 +59,8 @@ class Publisher:
     self._canary_ids = canary_ids
     logprob_fn = scoring.make_logprob_fn(config, head_chunk_size=head_chunk_size)
     self._logprobs = jax.jit(lambda params, ids: logprob_fn(as_published(params, dtype), ids))
-    self._newest = manifests.latest(shared.weights_dir)
+    self._processes = processes
+    self._newest = processes.broadcast("weights/newest", manifests.latest(shared.weights_dir))
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="publisher")
     self._writing: concurrent.futures.Future[dict[str, float]] | None = None
     self._written: dict[str, float] = {}
@@ -77,12 +83,12 @@ class Publisher:
     started = time.perf_counter()
     self._wait()
     waited = time.perf_counter()
-    canary_logprobs = np.asarray(self._logprobs(state.params, self._canary_ids)).tolist()
-    params = jax.tree.map(_on_host, jax.device_get(state.params))
+    canary_logprobs = arrays.fetch(self._logprobs(state.params, self._canary_ids)).tolist()
+    params, nbytes = self._gather(state.params)
     gathered = time.perf_counter()
     self._newest = version
     self._writing = self._pool.submit(self._write, version, params, canary_logprobs)
-    gigabytes = sum(array.nbytes for array in jax.tree.leaves(params)) / 1e9
+    gigabytes = max(nbytes, 1) / 1e9
     written, self._written = self._written, {}
     return {
       "weights/wait_seconds": waited - started,
@@ -90,6 +96,22 @@ class Publisher:
       "weights/gather_seconds_per_gb": (gathered - waited) / gigabytes,
       **written,
     }
+
+  def _gather(self, params: Any) -> tuple[Any, int]:
+    """The weights, or of several processes' those of its own files, on the host; their bytes."""
+    if self._processes.count == 1:
+      host = jax.tree.map(_on_host, jax.device_get(params))
+      return host, sum(array.nbytes for array in jax.tree.leaves(host))
+    own = gather.gather(
+      self._config,
+      params,
+      params["embedding"].sharding.mesh,
+      dtype=self._dtype,
+      shard_bytes=self._shard_bytes,
+      index=self._processes.index,
+      count=self._processes.count,
+    )
+    return own, own.nbytes
 
   def close(self) -> None:
     """Waits for the version that is being written; raises what that raised."""
@@ -117,7 +139,10 @@ class Publisher:
       tokenizer_from=self._shared.model_path,
       shard_bytes=self._shard_bytes,
       threads=self._threads,
+      processes=self._processes,
     )
+    if not self._processes.is_first:
+      return {}
     seconds = time.perf_counter() - started
     logger.info("published version %d in %.2f s", version, seconds)
     self._tell(version)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from intellect3 import console as console_lib
 from intellect3 import summary, supervisor, types
+from intellect3.distributed import cluster as clusters
 from intellect3.environments import base as environments_base
 from intellect3.inference import launch
 from intellect3.rendering import base as rendering_base
 from intellect3.rl import checks
 from intellect3.rl.checks import NotStarted
 
-__all__ = ["ROLES", "Main", "NotStarted", "Shared", "run"]
+__all__ = ["ROLES", "Main", "NotStarted", "Shared", "Trainer", "run"]
 
 ROLES = ("trainer", "orchestrator", "worker", "inference")
 
@@ -78,6 +79,23 @@ Main = Callable[[], None]
 """Does a role's work until it is done; built, and its parameters checked, beforehand."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """A built trainer.
+
+  Attributes:
+    main: does the work of one of its processes.
+    processes: that it is a program of; None: as many as are started.
+  """
+
+  main: Main
+  processes: int | None = None
+
+  def __call__(self) -> None:
+    """Does the work."""
+    self.main()
+
+
 def run(
   *,
   run_dir: str,
@@ -86,7 +104,7 @@ def run(
   model_path: str,
   renderer: rendering_base.Renderer,
   environments: Sequence[environments_base.Environment],
-  trainer: Callable[[Shared], Main],
+  trainer: Callable[[Shared], Trainer],
   orchestrator: Callable[..., Main],
   worker: Callable[[Shared, int], Callable],
   inference: Callable[[Shared, int], Sequence[str]],
@@ -189,7 +207,9 @@ def run(
     router=checks.router_shape(pathlib.Path(model_path)) if replay_routed_experts else None,
   )
   if role == "trainer":
-    return trainer(shared)
+    built = trainer(shared)
+    _check_processes(built)
+    return built
   if role == "orchestrator":
     return _orchestrator_main(shared, orchestrator(shared, worker(shared, 0)), config_text)
   if role == "worker":
@@ -197,7 +217,7 @@ def run(
   if role == "inference":
     return _exec(inference(shared, index))
   # Built for their checks; the children build their own.
-  trainer(shared)
+  built = trainer(shared)
   orchestrator(shared, worker(shared, 0))
   started = () if server_urls else range(num_servers)
   servers = [inference(shared, number) for number in started]
@@ -206,8 +226,21 @@ def run(
     *("--set", f"rl.run.server_urls={list(shared.server_urls)!r}"),
     *(["--resume"] if resume else []),
   ]
-  children = _children(shared, [*command, *arguments], servers, server_restarts)
+  children = _children(
+    shared, [*command, *arguments], servers, server_restarts, built.processes or 1
+  )
   return lambda: _start_all(shared, children, config_text)
+
+
+def _check_processes(built: Trainer) -> None:
+  """Refuses an environment that is not fit, or that starts another number of trainers than said."""
+  found = clusters.detect(os.environ)
+  count = 1 if found is None else found.num_processes
+  if built.processes not in (None, count):
+    told = "no variable of a launcher" if found is None else f"{count} by {found.launcher}"
+    raise NotStarted(
+      f"trainer.processes: expected as many as are started ({told}), got {built.processes}"
+    )
 
 
 def _addresses(
@@ -276,8 +309,12 @@ def _children(
   command: Sequence[str],
   servers: Sequence[Sequence[str]],
   server_restarts: int,
+  trainers: int,
 ) -> list[supervisor.Child]:
   logs = shared.run_dir / "logs"
+
+  # Said also of one: a cluster's own variables may be there, and are not about these processes.
+  coordinator = f"127.0.0.1:{checks.free_ports('127.0.0.1', 1)[0]}"
 
   def child(name: str, argv: Sequence[str], *, ends_run: bool = False) -> supervisor.Child:
     return supervisor.Child(name=name, command=argv, log=logs / f"{name}.log", ends_run=ends_run)
@@ -287,7 +324,14 @@ def _children(
       dataclasses.replace(child(f"server_{n}", server), group="servers", restarts=server_restarts)
       for n, server in enumerate(servers)
     ),
-    child("trainer", [*command, "--role", "trainer"], ends_run=True),
+    *(
+      dataclasses.replace(
+        child("trainer" if not n else f"trainer_{n}", [*command, "--role", "trainer"]),
+        ends_run=True,
+        environment=clusters.variables(coordinator, trainers, n),
+      )
+      for n in range(trainers)
+    ),
     child("orchestrator", [*command, "--role", "orchestrator"], ends_run=True),
     *(
       child(f"worker_{n}", [*command, "--role", "worker", "--index", str(n)], ends_run=True)

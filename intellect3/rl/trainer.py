@@ -6,26 +6,25 @@ environment. It reads step n's batch, makes weights v(n), publishes them and say
 
 import contextlib
 import logging
+import os
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from intellect3 import rollout_log, telemetry, types
+from intellect3 import telemetry
+from intellect3.distributed import cluster as clusters
+from intellect3.distributed import processes as starting
+from intellect3.distributed import watchdog
 from intellect3.models import hf, kernel_choice
-from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement, rollout_source
-from intellect3.rl import checks, reference
+from intellect3.rl import canary, checks, feed, reference, train_loop
 from intellect3.rl.publisher import Publisher
-from intellect3.rl.roles import Main, NotStarted, Shared
+from intellect3.rl.roles import NotStarted, Shared, Trainer
 from intellect3.sharding import mesh as mesh_lib
 from intellect3.sharding.rules import TRAIN_FSDP, Rules
-from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias, step
+from intellect3.training import checkpoint, layout, loss_inputs, router_bias, step
 from intellect3.training import optimizer as optimizers
 from intellect3.training import state as states
 from intellect3.weights import publish
@@ -56,7 +55,9 @@ def trainer(
   canary_tokens: int = 64,
   checkpoint_every: int = 50,
   keep_checkpoints: int = 2,
-) -> Main:
+  processes: int | None = None,
+  stall_seconds: float = 3600.0,
+) -> Trainer:
   """Builds the trainer.
 
   Args:
@@ -92,6 +93,10 @@ def trainer(
       environments as they are rendered, then random ids.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     keep_checkpoints: checkpoints kept.
+    processes: over which the trainer is one program. `rl_run --role all` starts so many (None: 1);
+      where a cluster starts them, None or the number that it starts (docs/clusters.md).
+    stall_seconds: a step, its publication or its checkpoint that takes longer ends the process with
+      its stacks in the log (`distributed.watchdog`); waiting for a batch may last.
 
   Raises:
     NotStarted, ValueError: a parameter, or the model directory, is not fit.
@@ -108,6 +113,9 @@ def trainer(
   ):
     if value < 1:
       raise NotStarted(f"trainer.{field}: expected at least 1, got {value}")
+  if processes is not None:
+    checks.integer("trainer.processes", processes, 1)
+  checks.number("trainer.stall_seconds", stall_seconds, 0, above=True)
   if canary_tokens < 2:
     raise NotStarted(f"trainer.canary_tokens: expected at least 2, got {canary_tokens}")
   if weights_dtype not in (None, "float32", "bfloat16", "float16"):
@@ -150,189 +158,123 @@ def trainer(
     )
 
   def main() -> None:
+    cluster = clusters.detect(os.environ)
+    with contextlib.ExitStack() as stack:
+      processes = stack.enter_context(starting.started(cluster))
+      watching = stack.enter_context(
+        watchdog.watched(f"trainer process {processes.index} of {processes.count}", stall_seconds)
+      )
+      run(stack, processes, watching)
+      watching.enter("the end", shared.steps)
+
+  def run(
+    stack: contextlib.ExitStack, processes: starting.Processes, watching: watchdog.Watchdog
+  ) -> None:
     axes: dict[str, Any] = dict(mesh) if mesh is not None else {"fsdp": jax.device_count()}
     device_mesh = mesh_lib.make_mesh(**axes)
     placement.check_rows(device_mesh, micro_rows=micro_rows, row_length=row_length)
-    logger.info("%d device(s) %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, axes)
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(jax.set_mesh(device_mesh))
-      config = kernel_choice.resolve(checked)
-      shardings = layout.state_shardings(config, optimizer, device_mesh, rules)
-      # Not kept in a variable: the state alone holds the parameters.
-      state = layout.make_state(
-        config,
-        optimizer,
-        shardings,
-        params=hf.load_sharded(
-          shared.model_path, config, shardings.params, dtype=config.param_dtype
-        ),
-      )
-      stop = threading.Event()
-      batches = stack.enter_context(
-        contextlib.closing(
-          rollout_source.batches(
-            shared.log_dir,
-            first_step=1,
-            last_step=shared.steps,
-            row_length=row_length,
-            micro_rows=micro_rows,
-            row_counts=row_counts,
-            router=shared.router,
-            stop=stop,
-            wait=_wait_for_manifest(shared),
-          )
-        )
-      )
-      stack.callback(stop.set)
-      checkpoints = stack.enter_context(
-        checkpoint.Checkpointer(shared.checkpoint_dir, keep=keep_checkpoints)
-      )
-      writer = stack.enter_context(telemetry.MetricsWriter(shared.run_dir, "trainer"))
-      if shared.resume and checkpoints.latest_step() is not None:
-        state = checkpoints.restore(_target(state), batches).state
-      logger.info("training from step %d to %d", int(state.step) + 1, shared.steps)
-      if shared.resume:
-        writer.truncate_after(int(state.step))
-      publisher = stack.enter_context(
-        contextlib.closing(
-          Publisher(
-            shared,
-            config,
-            canary_ids=canary_ids(shared, canary_tokens),
-            head_chunk_size=head_chunk_size,
-            keep=max(keep_weights, shared.max_off_policy_steps + 2),
-            dtype=weights_dtype,
-            shard_bytes=weights_shard_bytes,
-            threads=weights_threads,
-          )
-        )
-      )
-      publisher.publish(state)
-      train_step = layout.compile_step(
-        step.make_train_step(
-          config,
-          loss_fn,
-          optimizer,
+    share = placement.own_share(device_mesh)
+    logger.info(
+      "%d device(s) %s of %d process(es), mesh %s, blocks of rows %s of %d",
+      *(jax.device_count(), jax.devices()[0].device_kind, processes.count, axes),
+      *(list(share.blocks), share.num_blocks),
+    )
+    stack.enter_context(jax.set_mesh(device_mesh))
+    config = kernel_choice.resolve(checked)
+    shardings = layout.state_shardings(config, optimizer, device_mesh, rules)
+    # Not kept in a variable: the state alone holds the parameters.
+    state = layout.make_state(
+      config,
+      optimizer,
+      shardings,
+      params=hf.load_sharded(shared.model_path, config, shardings.params, dtype=config.param_dtype),
+    )
+    stop = threading.Event()
+    batches = stack.enter_context(
+      contextlib.closing(
+        rollout_source.batches(
+          shared.log_dir,
+          first_step=1,
+          last_step=shared.steps,
+          row_length=row_length,
           micro_rows=micro_rows,
+          row_counts=row_counts,
+          router=shared.router,
+          stop=stop,
+          wait=feed.wait_for_manifest(shared, processes),
+          share=share,
+          process_index=processes.index,
+          process_count=processes.count,
+        )
+      )
+    )
+    stack.callback(stop.set)
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpointer(shared.checkpoint_dir, keep=keep_checkpoints)
+    )
+    if shared.resume and checkpoints.latest_step() is not None:
+      state = checkpoints.restore(_target(state), batches).state
+    logger.info("training from step %d to %d", int(state.step) + 1, shared.steps)
+    publisher = stack.enter_context(
+      contextlib.closing(
+        Publisher(
+          shared,
+          config,
+          canary_ids=canary.canary_ids(shared, canary_tokens),
           head_chunk_size=head_chunk_size,
-          router_bias_rate=router_bias_rate,
-          decoupled=decoupled,
-        ),
-        shardings,
+          keep=max(keep_weights, shared.max_off_policy_steps + 2),
+          dtype=weights_dtype,
+          shard_bytes=weights_shard_bytes,
+          threads=weights_threads,
+          processes=processes,
+        )
+      )
+    )
+    publisher.publish(state)
+    train_step = layout.compile_step(
+      step.make_train_step(
+        config,
+        loss_fn,
+        optimizer,
+        micro_rows=micro_rows,
+        head_chunk_size=head_chunk_size,
+        router_bias_rate=router_bias_rate,
+        decoupled=decoupled,
+      ),
+      shardings,
+      device_mesh,
+      rules,
+    )
+    score = None
+    if reference_path is not None and checked_reference is not None:
+      score = reference.make_scorer(
+        reference_path,
+        checked_reference,
         device_mesh,
         rules,
+        micro_rows=micro_rows,
+        head_chunk_size=head_chunk_size,
       )
-      score = None
-      if reference_path is not None and checked_reference is not None:
-        score = reference.make_scorer(
-          reference_path,
-          checked_reference,
-          device_mesh,
-          rules,
-          micro_rows=micro_rows,
-          head_chunk_size=head_chunk_size,
-        )
-      _loop(
-        shared,
-        config,
-        state,
-        batches,
-        train_step=train_step,
-        score=score,
-        publisher=publisher,
+    train_loop.run(
+      config,
+      state,
+      batches,
+      train_loop.Parts(
         place=lambda batch: placement.place(batch, device_mesh),
-        save=checkpoints.save,
-        checkpoint_every=checkpoint_every,
-        write=writer.write,
-      )
-
-  return main
-
-
-def _loop(
-  shared: Shared,
-  config: ModelConfig,
-  state: states.TrainState,
-  batches: Any,
-  *,
-  train_step: Callable[[states.TrainState, Any], tuple[states.TrainState, step.Metrics]],
-  score: reference.Scorer | None,
-  publisher: Publisher,
-  place: Callable[[Any], Any],
-  save: Callable[[states.TrainState, Any], None],
-  checkpoint_every: int,
-  write: Callable[[int, Mapping[str, Any]], None],
-) -> None:
-  peak = flops.peak_flops()
-  ended = time.perf_counter()
-  for batch in batches:
-    arrived = time.perf_counter()
-    number = int(batch.step)
-    placed, reference_seconds = place(batch), 0.0
-    if score is not None:
-      placed, reference_seconds = score(placed)
-    state, device_metrics = train_step(state, placed)
-    metrics = jax.device_get(device_metrics)  # waits for the step
-    stepped = time.perf_counter()
-    publishing = publisher.publish(state)
-    published = time.perf_counter()
-    if number % checkpoint_every == 0 or number == shared.steps:
-      save(state, batches)
-    done = time.perf_counter()
-    write(
-      number,
-      {
-        **metrics,
-        **effective_sample_share(metrics),
-        **_batch_metrics(batch),
-        "wait_seconds": arrived - ended,
-        **({} if score is None else {"reference_seconds": reference_seconds}),
-        "step_seconds": stepped - arrived - reference_seconds,
-        "publish_seconds": published - stepped,
-        **publishing,
-        "checkpoint_seconds": done - published,
-        "loop_seconds": done - ended,
-        "trained_tokens_per_second": float(batch.loss_tokens) / (done - ended),
-        "mfu": flops.mfu(
-          flops.train_flops(
-            config,
-            tokens=int((batch.segment_ids > 0).sum()),
-            attended_pairs=int((batch.positions + 1)[batch.segment_ids > 0].sum()),
-          ),
-          done - ended,
-          peak,
-          jax.device_count(),
-        ),
-      },
+        score=score,
+        train_step=train_step,
+        publish=publisher.publish,
+        save=lambda state: checkpoints.save(state, batches),
+        write=_writer(shared, int(state.step), processes, stack),
+      ),
+      last_step=shared.steps,
+      checkpoint_every=checkpoint_every,
+      share=share,
+      processes=processes,
+      watching=watching,
     )
-    ended = done
 
-
-def _batch_metrics(batch: Any) -> dict[str, float]:
-  """What the batch itself says: its size, its padding, the staleness of its trained tokens."""
-  trained = batch.loss_mask
-  staleness = (int(batch.step) - 1 - batch.policy_versions)[trained]
-  tokens = int((batch.segment_ids > 0).sum())
-  return {
-    "rows": float(batch.tokens.shape[0]),
-    "tokens": float(tokens),
-    "loss_tokens": float(batch.loss_tokens),
-    "loss_sequences": float(batch.loss_sequences),
-    "padding_share": 1.0 - tokens / batch.tokens.size,
-    "token_staleness_mean": float(staleness.mean()) if staleness.size else 0.0,
-    "token_staleness_max": float(staleness.max(initial=0)),
-  }
-
-
-def effective_sample_share(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """`(sum r)^2 / (N sum r^2)` of the importance ratios, 1 / N to 1, where the loss gives both sums.
-
-  Kish's effective sample size over the loss-masked tokens of the whole batch, as a share.
-  """
-  mean, square = metrics.get("importance_ratio"), metrics.get("importance_ratio_squared")
-  if mean is None or not square:
-    return {}
-  return {"effective_sample_share": float(mean) ** 2 / float(square)}
+  return Trainer(main, processes)
 
 
 def _target(state: states.TrainState) -> states.TrainState:
@@ -341,35 +283,13 @@ def _target(state: states.TrainState) -> states.TrainState:
   )
 
 
-def canary_ids(shared: Shared, length: int) -> np.ndarray:
-  """int32[length]: half of it tasks as the policy sees them, half random ids of the vocabulary.
-
-  Real prompts reach the experts and embeddings that the run depends on; random ids reach others.
-  """
-  ids: list[int] = []
-  index = 0
-  while len(ids) < length // 2:
-    for environment in shared.environments.values():
-      ids += shared.renderer.render(environment.task("train", index).prompt)
-    index += 1
-  rng = np.random.default_rng(shared.seed)
-  random_ids = rng.integers(0, shared.renderer.vocab_size, length)
-  return np.concatenate([ids[: length // 2], random_ids])[:length].astype(np.int32)
-
-
-def _wait_for_manifest(shared: Shared) -> rollout_source.Wait:
-  """Waits for a batch: asks the orchestrator, and looks at the directory whatever it says."""
-
-  def wait(number: int, stop: Any) -> types.Manifest | None:
-    while not stop.is_set():
-      manifest = rollout_log.read_manifest(shared.log_dir, number)
-      if manifest is not None:
-        return manifest
-      try:
-        urllib.request.urlopen(f"{shared.orchestrator_url}/batches/{number}", timeout=10).close()
-        stop.wait(0.01)  # a shared file system may show the rename later than the message came
-      except (urllib.error.URLError, OSError):
-        stop.wait(0.1)
-    return None
-
-  return wait
+def _writer(
+  shared: Shared, step: int, processes: starting.Processes, stack: contextlib.ExitStack
+) -> Callable[[int, Mapping[str, Any]], None]:
+  """Writes the metrics of steps after `step`; of several processes the first does."""
+  if not processes.is_first:
+    return lambda number, row: None
+  writer = stack.enter_context(telemetry.MetricsWriter(shared.run_dir, "trainer"))
+  if shared.resume:
+    writer.truncate_after(step)
+  return writer.write

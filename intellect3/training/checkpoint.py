@@ -9,9 +9,8 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -20,6 +19,18 @@ from intellect3.training.state import TrainState
 CHUNK_BYTES = 64 << 20
 """Most bytes of a stored chunk of an array, cut between layers and experts: who reads a checkpoint
 part by part (`tools.convert_checkpoint`) holds one."""
+
+
+class Data(Protocol):
+  """The iterator of the batches, as far as a checkpoint is concerned."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Its position, of what JSON holds; the same on every process."""
+    ...
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on from a position."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Checkpointer:
   def save(
     self,
     state: TrainState,
-    data: grain.DatasetIterator,
+    data: Data,
     meta: Mapping[str, Any] | None = None,
   ) -> None:
     """Begins to save; returns as soon as `state` may be changed or donated again.
@@ -83,14 +94,14 @@ class Checkpointer:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state, save_args=jax.tree.map(_chunks, state)),
-        data=grain.checkpoint.CheckpointSave(data),
+        # Not Grain's own format, which keeps a file per process: the position is one for all, and
+        # a run may go on with another number of processes.
+        data=ocp.args.JsonSave(data.get_state()),
         meta=ocp.args.JsonSave({"machine": machine(), "meta": dict(meta or {})}),
       ),
     )
 
-  def restore(
-    self, target: TrainState, data: grain.DatasetIterator, *, step: int | None = None
-  ) -> Restored:
+  def restore(self, target: TrainState, data: Data, *, step: int | None = None) -> Restored:
     """Reads the last whole checkpoint.
 
     Args:
@@ -113,10 +124,11 @@ class Checkpointer:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(target),
-        data=grain.checkpoint.CheckpointRestore(data),
+        data=ocp.args.JsonRestore(),
         meta=ocp.args.JsonRestore(),
       ),
     )
+    data.set_state(restored["data"])
     before, now = restored["meta"]["machine"], machine()
     changed = [
       f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]

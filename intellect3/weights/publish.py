@@ -13,9 +13,11 @@ from typing import Any
 
 import msgspec
 
+from intellect3.distributed.processes import ALONE, Processes
 from intellect3.models import config as model_configs
 from intellect3.models.hf import companions, write
 from intellect3.models.stored import shards
+from intellect3.weights import gather
 from intellect3.weights import manifest as manifests
 
 SHARD_BYTES = 2 << 30
@@ -36,6 +38,7 @@ def publish(
   tokenizer_from: str | os.PathLike[str] | None = None,
   shard_bytes: int = SHARD_BYTES,
   threads: int = THREADS,
+  processes: Processes = ALONE,
 ) -> pathlib.Path:
   """Publishes the weights as Hugging Face safetensors with a manifest, and prunes old versions.
 
@@ -44,7 +47,8 @@ def publish(
     version: of these weights. One that is there already (a resumed run does its steps again) is
       replaced.
     config: the model's.
-    params: the model's parameters; jax or NumPy arrays.
+    params: the model's parameters, jax or NumPy arrays; or, of several processes, what each of
+      them gathered (`weights.gather`).
     canary_ids: a prompt on which servers are compared with the trainer.
     canary_logprobs: the trainer's logprobs of those ids under these weights.
     keep: how many versions to keep, this one included, at least 1.
@@ -54,6 +58,8 @@ def publish(
       copied along, and what its `config.json` holds that our config does not say.
     shard_bytes: most bytes of a file of more than one tensor.
     threads: files written at a time.
+    processes: that publish together, each its own files; the first makes the directory, waits for
+      all, and renames it.
 
   Returns:
     The version's directory.
@@ -71,14 +77,26 @@ def publish(
     )
   root = pathlib.Path(weights_dir)
   root.mkdir(parents=True, exist_ok=True)
-  aside = root / f"{_ASIDE}{version:06d}_{uuid.uuid4().hex[:8]}"
+  name = f"{_ASIDE}{version:06d}_{uuid.uuid4().hex[:8]}"
+  aside = root / processes.broadcast("weights/directory", name)
   target = manifests.version_directory(root, version)
+  gathered = params if isinstance(params, gather.Gathered) else None
   try:
-    aside.mkdir()
+    aside.mkdir(exist_ok=processes.count > 1)
     written = shards.write(
-      aside, write.tensors(config, params, dtype), shard_bytes=shard_bytes, threads=threads
+      aside,
+      gathered.tensors if gathered is not None else write.tensors(config, params, dtype),
+      shard_bytes=shard_bytes,
+      threads=threads,
+      part=(processes.index, processes.count),
     )
-    stored = dtype or str(params["embedding"].dtype)
+    told = processes.gather("weights/written", [dict(written.fingerprints), dict(written.files)])
+    if not processes.is_first:
+      return target
+    for fingerprints, files in told[1:]:
+      written.fingerprints.update(fingerprints)
+      written.files.update(files)
+    stored = gathered.dtype if gathered is not None else dtype or str(params["embedding"].dtype)
     companions.write_config(aside, config, stored, tokenizer_from, extra_layers=0)
     if tokenizer_from is not None:
       companions.copy_files(tokenizer_from, aside)
@@ -123,10 +141,11 @@ def _write_manifest(
   logprobs: Sequence[float],
   written: shards.Written,
 ) -> None:
-  files = sorted(path for path in directory.iterdir() if path.is_file())
+  sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+  sizes |= written.files  # a shared file system may not show yet what other hosts wrote
   manifest = manifests.WeightsManifest(
     version=version,
-    files=[manifests.WeightsFile(file=path.name, bytes=path.stat().st_size) for path in files],
+    files=[manifests.WeightsFile(file=name, bytes=sizes[name]) for name in sorted(sizes)],
     fingerprints=dict(written.fingerprints),
     dtype=Counter(written.dtypes.values()).most_common(1)[0][0],
     canary_ids=[int(token) for token in ids],

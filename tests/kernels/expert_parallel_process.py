@@ -1,14 +1,15 @@
-"""Run by test_expert_parallel in a process of its own: the exchange on eight fake devices.
+"""Run by test_expert_parallel in processes of their own: the exchange on eight fake devices.
 
-    python expert_parallel_process.py CASES
+    python expert_parallel_process.py JSON
 
-Prints one line of JSON per case: the largest difference of the output and of each gradient from the
-oracle, relative to its largest entry, and the rounds.
+The argument is a list of tasks, `[name, arguments]` with the name of a function below; prints one
+line of JSON for each.
 """
 
 import functools
 import json
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = (
@@ -18,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intellect3.kernels.expert_parallel import expert_parallel_mlp, interface
 from intellect3.kernels.grouped_matmul import expert_mlp
@@ -27,51 +28,54 @@ D, F, A = 6, 5, 3
 NAMES = ("x", "gate", "up", "down", "weights")
 
 
+EXPERTS = 16
+
+
 def main() -> None:
-  for case in json.loads(sys.argv[1]):
-    print(json.dumps({name: check(case, name) for name in case.pop("routings")}))
+  for name, arguments in json.loads(sys.argv[1]):
+    print(json.dumps({"routing": routing, "layers": layers, "memory": memory}[name](**arguments)))
 
 
-def check(case, routing):
-  """One routing through the program of a case; see test_expert_parallel.CASES."""
-  experts = 16
-  devices = case["groups"] * case["ranks"]
-  tokens = case["tokens"]
-  floats, chosen, valid = inputs(routing, devices * tokens, experts, case["ranks"], case["seed"])
-  if case["exchange"] == "ragged":
-    emulate_ragged()
-  run = program(case["groups"], case["ranks"], case["exchange"], case["rows"])
-  (out, rounds), gradients = run(floats, chosen, valid)
+def routing(spread, seed, groups, ranks, tokens, exchange, rows):
+  """Output and gradients of one routing, compared with the oracle on one device.
+
+  Returns:
+    Per array the largest difference relative to its largest entry; each device's extra rounds; and
+    how many rows each device has for each other.
+  """
+  floats, chosen, valid = inputs(spread, groups * ranks * tokens, ranks, seed)
+  run = program(groups, ranks, exchange, rows)
+  (out, extra), gradients = run(floats, chosen, valid)
   expected, expected_gradients = oracle(floats, chosen, valid)
   found = {"out": difference(out, expected)}
   for name, given, want in zip(NAMES, gradients, expected_gradients, strict=True):
     assert np.any(want), name
     found[name] = difference(given, want)
-  counts = pairs(chosen, valid, case["groups"], case["ranks"], experts)
-  return {"differences": found, "extra": np.asarray(rounds).tolist(), "counts": counts}
+  counts = pairs(chosen, valid, groups, ranks)
+  return {"differences": found, "extra": np.asarray(extra).tolist(), "counts": counts}
 
 
-def inputs(routing, tokens, experts, ranks, seed):
+def inputs(spread, tokens, ranks, seed):
   rng = np.random.default_rng(seed)
   x = rng.standard_normal((tokens, D))
-  gate, up = rng.standard_normal((2, experts, D, F))
-  down, weights = rng.standard_normal((experts, F, D)), rng.random((tokens, A))
-  keys = rng.random((tokens, experts))
+  gate, up = rng.standard_normal((2, EXPERTS, D, F))
+  down, weights = rng.standard_normal((EXPERTS, F, D)), rng.random((tokens, A))
+  keys = rng.random((tokens, EXPERTS))
   valid = rng.random(tokens) < 0.9
-  local = experts // ranks
-  if routing == "skewed":
-    keys -= 2 * rng.random(experts)
-  elif routing == "one device":
+  local = EXPERTS // ranks
+  if spread == "skewed":
+    keys -= 2 * rng.random(EXPERTS)
+  elif spread == "one device":
     keys[:, :local] -= 1 + (local >= A)
-  elif routing == "mostly padding":
+  elif spread == "mostly padding":
     valid = rng.random(tokens) < 0.1
-  elif routing == "whole ranks padded":
+  elif spread == "ranks padded":
     valid[: tokens // 2] = False
   chosen = np.argsort(keys, axis=1)[:, :A]
-  if routing == "one expert":
-    chosen[:] = experts - 2
-  elif routing == "balanced":
-    chosen = (np.arange(tokens)[:, None] * A + np.arange(A)) % experts
+  if spread == "one expert":
+    chosen[:] = EXPERTS - 2
+  elif spread == "balanced":
+    chosen = (np.arange(tokens)[:, None] * A + np.arange(A)) % EXPERTS
     valid[:] = True
   floats = tuple(np.float32(array) for array in (x, gate, up, down, weights))
   # What stands in padding must reach nothing.
@@ -79,9 +83,8 @@ def inputs(routing, tokens, experts, ranks, seed):
   return floats, chosen.astype(np.int32), valid
 
 
-@functools.cache
-def program(groups, ranks, exchange, rows):
-  mesh = Mesh(np.array(jax.devices()[: groups * ranks]).reshape(groups, ranks), ("fsdp", "expert"))
+def exchanging(mesh, exchange, rows):
+  """`expert_parallel_mlp` of whole arrays over a mesh; also each device's extra rounds."""
   tokens, stacks = PartitionSpec(("fsdp", "expert")), PartitionSpec("expert")
 
   def local(x, gate, up, down, weights, chosen, valid):
@@ -95,14 +98,22 @@ def program(groups, ranks, exchange, rows):
     )
     return out, extra[None]
 
-  floats = (tokens, stacks, stacks, stacks, tokens)
-  over_mesh = jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(*floats, tokens, tokens),
-    out_specs=(tokens, tokens),
-    check_vma=False,
+  arrays = (tokens, stacks, stacks, stacks, tokens, tokens, tokens)
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=arrays, out_specs=(tokens, tokens), check_vma=False
   )
+
+
+def make_mesh(groups, ranks):
+  devices = np.array(jax.devices()[: groups * ranks]).reshape(groups, ranks)
+  return Mesh(devices, ("fsdp", "expert"))
+
+
+@functools.cache
+def program(groups, ranks, exchange, rows):
+  if exchange == "ragged":
+    emulate_ragged()
+  over_mesh = exchanging(make_mesh(groups, ranks), exchange, rows)
 
   @jax.jit
   def run(floats, chosen, valid):
@@ -114,6 +125,70 @@ def program(groups, ranks, exchange, rows):
     return aux, gradients
 
   return run
+
+
+def layers():
+  """Three layers in a scan whose body is rematerialised; and the wide exchanges of the program."""
+  depth, ranks, tokens, rows = 3, 4, 10, 40
+  made = [inputs("skewed", 8 * tokens, ranks, seed) for seed in range(depth)]
+  x, valid = made[0][0][0], made[0][2]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[floats[1:] for floats, _, _ in made])
+  stacked = (*stacked[:3], jnp.nan_to_num(stacked[3]))
+  chosen = jnp.stack([chosen for _, chosen, _ in made])
+  x = jnp.nan_to_num(x)
+
+  def loss(over, x, stacked):
+    @jax.checkpoint
+    def layer(x, layer):
+      (*floats, weights), chosen = layer
+      return x + over(x, *floats, weights, chosen, valid), None
+
+    x, _ = jax.lax.scan(layer, x, (stacked, chosen))
+    return jnp.sum(x * cotangent(x))
+
+  def one_device(x, gate, up, down, weights, chosen, valid):
+    out = expert_mlp(x, gate, up, down, chosen, weights, implementation="dense", block_size=1)
+    return jnp.where(valid[:, None], out, 0)
+
+  exchanged = exchanging(make_mesh(2, ranks), "padded", rows)
+  several = functools.partial(loss, lambda *arrays: exchanged(*arrays)[0])
+  compiled = jax.jit(jax.grad(several, argnums=(0, 1))).lower(x, stacked).compile()
+  given = jax.tree.leaves(compiled(x, stacked))
+  want = jax.tree.leaves(
+    jax.jit(jax.grad(functools.partial(loss, one_device), argnums=(0, 1)))(x, stacked)
+  )
+  wide = re.findall(r"= (\(.*\)|\S+) all-to-all\(", compiled.as_text())
+  return {
+    "differences": [difference(a, b) for a, b in zip(given, want, strict=True)],
+    "wide": sum(f",{D}]" in shape for shape in wide),
+    "narrow": sum(f",{D}]" not in shape for shape in wide),
+  }
+
+
+def memory(rows):
+  """Bytes of temporaries per device, forward and backward, and of one array of all pairs' rows."""
+  ranks, tokens, width, hidden, choices = 4, 1024, 128, 8, 8
+  mesh = make_mesh(1, ranks)
+  exchanged = exchanging(mesh, "padded", rows)
+
+  def array(*shape, dtype=np.float32):
+    spec = PartitionSpec("expert")
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+  def run(x, gate, up, down, weights, chosen, valid):
+    def over(*floats):
+      return exchanged(*floats, chosen, valid)
+
+    out, pull, _ = jax.vjp(over, x, gate, up, down, weights, has_aux=True)
+    return pull(out)
+
+  stack = array(EXPERTS, width, hidden)
+  arrays = (array(ranks * tokens, width), stack, stack, array(EXPERTS, hidden, width))
+  routed = (ranks * tokens, choices)
+  more = (array(*routed), array(*routed, dtype=np.int32), array(routed[0], dtype=bool))
+  compiled = jax.jit(run).lower(*arrays, *more).compile()
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  return {"temporaries": temporaries, "pairs": tokens * choices * width * 4}
 
 
 def cotangent(out):
@@ -138,9 +213,9 @@ def difference(given, want):
   return float(np.abs(given - want).max() / np.abs(want).max())
 
 
-def pairs(chosen, valid, groups, ranks, experts):
+def pairs(chosen, valid, groups, ranks):
   """How many rows each device has for each other one of its group: [groups, ranks, ranks]."""
-  chosen = chosen.reshape(groups, ranks, -1, A) // (experts // ranks)
+  chosen = chosen.reshape(groups, ranks, -1, A) // (EXPERTS // ranks)
   valid = valid.reshape(groups, ranks, -1, 1)
   return [
     [[int(np.sum((c == to) & v)) for to in range(ranks)] for c, v in zip(*group, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from intellect3.kernels import dispatch
-from intellect3.kernels.grouped_matmul import expert_mlp, resolve
+from intellect3.kernels.grouped_matmul import expert_mlp, interface, resolve
 
 T, D, F, E, A = 29, 6, 5, 7, 3
 NAMES = ("x", "gate", "up", "down", "weights")
@@ -142,6 +142,93 @@ def test_a_token_does_not_depend_on_the_others():
   x = floats[0].at[1:].set(floats[0][1:][::-1] * 2)
   others = np.concatenate([experts[:1], np.broadcast_to([4, 1, 2], (T - 1, A))]).astype(np.int32)
   np.testing.assert_array_equal(alone(x, *floats[1:], others, "blocked", 8)[0], out[0])
+
+
+def without_experts(seed=1):
+  """Pairs without experts among others, tokens with none whose rows are NaN; and the latter."""
+  floats, experts = inputs()
+  experts = np.where(np.random.default_rng(seed).random((T, A)) < 0.4, E, experts)
+  experts[::4] = E
+  none = np.all(experts == E, axis=1)
+  x, gate, up, down, weights = floats
+  x = jnp.where(none[:, None], jnp.nan, x)
+  weights = jnp.where(experts == E, jnp.nan, weights)
+  return (x, gate, up, down, weights), experts.astype(np.int32), none
+
+
+def pull_back(floats, experts, none, implementation):
+  """The output and its gradients under a cotangent that is NaN where there is no expert."""
+
+  @jax.jit
+  def both(floats):
+    out, pull = jax.vjp(lambda f: run(*f, experts, implementation, 8), floats)
+    return out, pull(jnp.where(none[:, None], jnp.nan, jnp.cos(jnp.arange(D))))[0]
+
+  return both(floats)
+
+
+def check_without_experts(implementation):
+  floats, experts, none = without_experts()
+  out, gradients = pull_back(floats, experts, none, implementation)
+  # The witness has one expert more, of zeros, and no NaN.
+  x, gate, up, down, weights = (np.nan_to_num(array) for array in floats)
+  more = tuple(np.concatenate([stack, stack[:1] * 0]) for stack in (gate, up, down))
+  want, pull = jax.vjp(lambda f: run(*f, experts, "dense", 1), (x, *more, weights))
+  cotangent = jnp.where(none[:, None], 0, jnp.cos(jnp.arange(D)))
+  wants = [g if len(g) != E + 1 else g[:E] for g in pull(jnp.broadcast_to(cotangent, (T, D)))[0]]
+  np.testing.assert_allclose(out, want, atol=1e-5 * np.abs(want).max())
+  assert not np.any(out[none]) and not np.any(gradients[4][experts == E])
+  for name, given, wanted in zip(NAMES, gradients, wants, strict=True):
+    np.testing.assert_allclose(given, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocked"])
+def test_pairs_without_experts_reach_nothing(implementation):
+  check_without_experts(implementation)
+
+
+def test_tokamax_multiplies_no_rows_beyond_its_groups(monkeypatch):
+  """With a stand-in for its kernel that leaves NaN in rows beyond the sum of the groups' sizes."""
+  pytest.importorskip("tokamax")
+
+  def ragged_dot(x, stack, *, group_sizes, implementation):
+    assert implementation == "triton"
+    return stand_in(x, stack, group_sizes)
+
+  monkeypatch.setattr("tokamax.ragged_dot", ragged_dot)
+  monkeypatch.setattr(interface, "resolve", lambda name, platform: name)
+  check_without_experts("tokamax")
+  floats, experts = inputs()
+  given = run(*floats, experts, "tokamax", 1)
+  np.testing.assert_allclose(given, run(*floats, experts, "dense", 1), rtol=1e-4, atol=1e-5)
+
+
+@jax.custom_vjp
+def stand_in(x_PD, stack_EDF, sizes_E):
+  group_P, beyond_P = _groups(x_PD, sizes_E)
+  y_PF = jnp.einsum("PD,PDF->PF", x_PD, stack_EDF[group_P])
+  return jnp.where(beyond_P[:, None], jnp.nan, y_PF)
+
+
+def _groups(x_PD, sizes_E):
+  ends_E = jnp.cumsum(sizes_E)
+  row_P = jnp.arange(len(x_PD))
+  group_P = jnp.sum(row_P[:, None] >= ends_E, axis=1)
+  return jnp.minimum(group_P, len(sizes_E) - 1), row_P >= ends_E[-1]
+
+
+def _stand_in_bwd(saved, dy_PF):
+  x_PD, stack_EDF, sizes_E = saved
+  group_P, beyond_P = _groups(x_PD, sizes_E)
+  dx_PD = jnp.einsum("PF,PDF->PD", dy_PF, stack_EDF[group_P])
+  x_PD, dy_PF = (jnp.where(beyond_P[:, None], 0, array) for array in (x_PD, dy_PF))
+  one_PE = jax.nn.one_hot(group_P, len(sizes_E))
+  dstack_EDF = jnp.einsum("PE,PD,PF->EDF", one_PE, x_PD, dy_PF)
+  nothing = np.zeros(sizes_E.shape, jax.dtypes.float0)
+  return jnp.where(beyond_P[:, None], jnp.nan, dx_PD), dstack_EDF, nothing
+
+
+stand_in.defvjp(lambda *arrays: (stand_in(*arrays), arrays), _stand_in_bwd)
 
 
 def test_a_name_is_resolved_by_platform(monkeypatch):

@@ -15,7 +15,6 @@ from intellect3.planning import (
   plan,
   programs,
   schedule,
-  search,
   table,
   travel,
 )
@@ -137,49 +136,6 @@ def test_a_float32_model_moves_float32(compiled):
   program = compiled[0]._replace(config=dataclasses.replace(compiled[0].config, dtype="float32"))
   line = schedule.Timeline(events=[event("all-gather", hlo.Shape("f32", (264, 64)))])
   assert travel.float32_weights(program, line) == []
-
-
-def test_every_layout_that_divides_is_a_candidate(job):
-  assert list(search.layouts(6)) == [
-    {"data": 1, "fsdp": 6},
-    {"data": 2, "fsdp": 3},
-    {"data": 3, "fsdp": 2},
-    {"data": 6, "fsdp": 1},
-  ]
-  assert len(list(search.layouts(8, ("data", "fsdp", "expert")))) == 10
-  found = search.candidates(dataclasses.replace(job, rows=8), 4)
-  assert {(one.mesh["data"], one.mesh["fsdp"], one.micro_rows) for one in found} == {
-    (data, 4 // data, micro) for data in (1, 2, 4) for micro in (4, 8)
-  }
-
-
-def test_a_search_ranks_what_fits_first(job, device, monkeypatch):
-  seconds = {1: 3.0, 2: 1.0, 4: 2.0}  # by the size of `data`; 2 does not fit
-
-  def fake(candidate, devices, hardware, **options):
-    data = candidate.mesh["data"]
-    if candidate.micro_rows == 8:
-      raise ValueError("params: expected embed to divide\nmore")
-    return {
-      "fits": data != 2,
-      "faults": [],
-      "peak_gib": 1.0,
-      "predicted_mfu": 0.5,
-      "predicted_step_seconds": seconds[data],
-      "limited_by": "matrix",
-      "mesh": candidate.mesh,
-    }
-
-  monkeypatch.setattr(plan, "plan", fake)
-  monkeypatch.setattr(search, "make_mesh", lambda **sizes: None)
-  said = []
-  found = search.search(
-    dataclasses.replace(job, rows=8), [None] * 4, device, program="rl_step", say=said.append
-  )
-  order = [(row["mesh"]["data"], row.get("error")) for row in found["ranking"][:4]]
-  assert order == [(4, None), (1, None), (2, None), (1, "params: expected embed to divide")]
-  assert found["mesh"] == {"data": 4, "fsdp": 1}
-  assert said[0] == "layout 1 of 6: {'data': 1, 'fsdp': 4}, micro_rows 4"
 
 
 def test_a_table_says_all_of_it(job, report, device):

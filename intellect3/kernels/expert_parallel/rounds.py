@@ -19,11 +19,12 @@ def nominal(pairs: int, rows: int) -> int:
 
 
 def needed(counts_SR: jax.Array, *, rows: int, ragged: bool) -> jax.Array:
-  """The rounds in which no device sends or receives more than fits.
+  """The fewest rounds in which no device sends or receives more than fits.
 
-  With slots of its own for each pair (`ragged` false, or few rows), a pair needs its rows over the
-  slots. Where rows lie side by side, a device with n rows in R parts sends at most n/K + R (K-1)/K
-  of them in a round, which fits for K >= (n - R) / (rows - R); the slots' bound holds there, too.
+  With slots of its own (not `ragged`), a pair of devices needs its rows over its slots. Where rows
+  lie side by side, the sums of the parts must fit: the first of a few round counts from the fullest
+  device's rows over the buffer's is taken. If none of them fits, one that is known to: n rows in R
+  parts send at most n/K + R (K-1)/K in a round, so K >= (n - R) / (rows - R); or the slots' count.
 
   Args:
     counts_SR: int32 [R, R], the rows from source s to destination r.
@@ -34,14 +35,29 @@ def needed(counts_SR: jax.Array, *, rows: int, ragged: bool) -> jax.Array:
     int32 [].
   """
   devices = counts_SR.shape[0]
-  by_slot = _ceil(jnp.max(counts_SR), rows // devices)
-  if not ragged or rows == devices:
+  by_slot = ceil(jnp.max(counts_SR), rows // devices)
+  if not ragged:
     return by_slot
-  fullest = jnp.maximum(jnp.max(jnp.sum(counts_SR, axis=0)), jnp.max(jnp.sum(counts_SR, axis=1)))
-  return jnp.minimum(by_slot, _ceil(jnp.maximum(fullest - devices, 0), rows - devices))
+  fullest = _fullest(counts_SR)
+  enough = by_slot
+  if rows > devices:
+    by_sum = ceil(jnp.maximum(fullest - devices, 0), rows - devices)
+    enough = jnp.minimum(by_slot, by_sum)
+  tried_K = jnp.maximum(ceil(fullest, rows), 1) + jnp.arange(_TRIED, dtype=jnp.int32)
+  fits_K = jax.vmap(lambda k: _fullest(ceil(counts_SR, k)) <= rows)(tried_K)
+  return jnp.where(jnp.any(fits_K), tried_K[jnp.argmax(fits_K)], enough)
 
 
-def _ceil(a: jax.Array, b: int) -> jax.Array:
+_TRIED = 32
+
+
+def _fullest(counts_SR: jax.Array) -> jax.Array:
+  """The most rows that a device sends or receives."""
+  return jnp.maximum(jnp.max(jnp.sum(counts_SR, axis=0)), jnp.max(jnp.sum(counts_SR, axis=1)))
+
+
+def ceil(a: jax.Array, b: jax.Array | int) -> jax.Array:
+  """a / b, rounded up."""
   return (a + b - 1) // b
 
 

@@ -44,9 +44,11 @@ def expert_mlp(
     tokamax.ragged_dot, group_sizes=plan.counts_E, implementation="triton"
   )
   x_PD = _spread(x_TD, plan)
-  gated_PF = jax.nn.silu(multiply(x_PD, gate_EDF)) * multiply(x_PD, up_EDF)
-  y_TD = _combine(multiply(gated_PF, down_EFD), weights_TA, plan)
-  return y_TD.astype(x_TD.dtype)
+  gate_PF, up_PF = (multiply(x_PD, stack).astype(jnp.float32) for stack in (gate_EDF, up_EDF))
+  # Weighted here, the result is not needed for the weights' gradient: one product less to repeat.
+  weights_P1 = dispatch.sort(weights_TA.astype(jnp.float32), plan)[:, None]
+  gated_PF = (jax.nn.silu(gate_PF) * up_PF * weights_P1).astype(x_TD.dtype)
+  return _combine(multiply(gated_PF, down_EFD), plan).astype(x_TD.dtype)
 
 
 def _no_gradient(plan: dispatch.Plan) -> Any:
@@ -71,23 +73,19 @@ _spread.defvjp(_spread_fwd, _spread_bwd)
 
 
 @jax.custom_vjp
-def _combine(y_PD: jax.Array, weights_TA: jax.Array, plan: dispatch.Plan) -> jax.Array:
-  """Each token's weighted sum, [T, D] float32; gathers in both directions, too."""
-  return dispatch.combine(y_PD, plan, weights_TA)
+def _combine(y_PD: jax.Array, plan: dispatch.Plan) -> jax.Array:
+  """Each token's sum, [T, D] float32; gathers in both directions, too."""
+  return dispatch.combine(y_PD, plan)
 
 
-def _combine_fwd(y_PD: jax.Array, weights_TA: jax.Array, plan: dispatch.Plan) -> Any:
-  return _combine(y_PD, weights_TA, plan), (y_PD, weights_TA, plan)
+def _combine_fwd(y_PD: jax.Array, plan: dispatch.Plan) -> Any:
+  # The cotangent's dtype is float32; an empty array says what y's was.
+  return _combine(y_PD, plan), (y_PD[:0], plan)
 
 
 def _combine_bwd(saved: Any, dout_TD: jax.Array) -> Any:
-  y_PD, weights_TA, plan = saved
-  dout_PD = dispatch.take(dout_TD, plan.tokens_P)
-  weights_P = dispatch.sort(weights_TA.astype(jnp.float32), plan)
-  dweights_P = jnp.sum(dout_PD * y_PD.astype(jnp.float32), axis=1)
-  dweights_TA = jnp.where(plan.own_TA, dispatch.take(dweights_P, plan.rows_TA), 0)
-  dy_PD = (weights_P[:, None] * dout_PD).astype(y_PD.dtype)
-  return dy_PD, dweights_TA.astype(weights_TA.dtype), _no_gradient(plan)
+  y_0D, plan = saved
+  return dispatch.take(dout_TD.astype(y_0D.dtype), plan.tokens_P), _no_gradient(plan)
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

@@ -13,7 +13,7 @@ import os
 import pathlib
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,12 +52,14 @@ class Written(NamedTuple):
   """What was written.
 
   Attributes:
-    fingerprints: crc32 of each tensor's bytes, by name.
-    dtypes: each tensor's dtype in safetensors' spelling, by name.
+    fingerprints: crc32 of each tensor's bytes, by name; of the shards written here.
+    dtypes: each tensor's dtype in safetensors' spelling, by name; of all shards.
+    files: bytes of each file written here, by name.
   """
 
-  fingerprints: Mapping[str, int]
-  dtypes: Mapping[str, str]
+  fingerprints: dict[str, int]
+  dtypes: dict[str, str]
+  files: dict[str, int]
 
 
 def write(
@@ -67,6 +69,7 @@ def write(
   shard_bytes: int = SHARD_BYTES,
   threads: int = THREADS,
   report: Report | None = None,
+  part: tuple[int, int] = (0, 1),
 ) -> Written:
   """Writes tensors into a directory as Hugging Face lays them out.
 
@@ -76,6 +79,9 @@ def write(
     shard_bytes: most bytes of a shard of more than one tensor.
     threads: shards written at a time.
     report: told of every tensor that is written.
+    part: (i, n): of the shards, i, i + n, .. are written here and the others by other processes,
+      which draw the same names and shapes; the tensors of those are not read. The index is part
+      0's.
 
   Returns:
     Fingerprints and dtypes. One shard is `model.safetensors`; several are
@@ -96,8 +102,9 @@ def write(
   holds: list[Sequence[str]] = []  # names of each shard
   pending: collections.deque[concurrent.futures.Future[dict[str, int]]] = collections.deque()
   tell = report or _silent
+  index, parts = part
   with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="shards") as pool:
-    for shard in _cut(tensors, shard_bytes):
+    for shard in cut(tensors, shard_bytes):
       if len(pending) >= threads:
         fingerprints |= pending.popleft().result()
       for name, tensor in shard:
@@ -105,21 +112,25 @@ def write(
           raise ValueError(f"{name}: expected each tensor once, got it twice")
         dtypes[name] = _dtype_name(name, tensor)
         size += tensor.nbytes
-      pending.append(pool.submit(_write_shard, root / _temporary(len(holds)), shard, tell))
+      if len(holds) % parts == index:
+        pending.append(pool.submit(_write_shard, root / _temporary(len(holds)), shard, tell))
       holds.append([name for name, _ in shard])
     for future in pending:
       fingerprints |= future.result()
   if not holds:
     raise ValueError("tensors: expected at least one, got none")
   weight_map: dict[str, str] = {}
+  files: dict[str, int] = {}
   for number, names in enumerate(holds):
     file = _name(number, len(holds))
-    (root / _temporary(number)).rename(root / file)
     weight_map |= dict.fromkeys(names, file)
-  if len(holds) > 1:
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (root / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-  return Written(fingerprints, dtypes)
+    if number % parts == index:
+      (root / _temporary(number)).rename(root / file)
+      files[file] = (root / file).stat().st_size
+  if len(holds) > 1 and index == 0:
+    table = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (root / INDEX).write_text(json.dumps(table, indent=1) + "\n")
+  return Written(fingerprints, dtypes, files)
 
 
 def flush(path: pathlib.Path) -> None:
@@ -135,9 +146,10 @@ def _silent(name: str, size: int) -> None:
   pass
 
 
-def _cut(
+def cut(
   tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
+  """The shards that `write` would make of these tensors."""
   shard: list[tuple[str, Tensor]] = []
   size = 0
   for name, tensor in tensors:
