@@ -50,10 +50,13 @@ class ModelConfig:
     max_positions: longest sequence the model was made for.
     dtype: dtype of the computation. Norms, router, softmaxes and sums are float32 in any case.
     param_dtype: dtype in which `transformer.init` makes parameters.
-    remat_policy: what the backward pass recomputes; see `transformer.REMAT_POLICIES`.
+    remat_policy: what the backward pass recomputes; see `remat.POLICIES`.
     attention: implementation of `kernels.attention`; `auto` is the platform's best.
     grouped_matmul: implementation of `kernels.grouped_matmul`; `auto` likewise.
     expert_block_size: most rows of a block of the `blocked` grouped matmul.
+    expert_exchange: how tokens travel between devices that hold different experts; see
+      `kernels.expert_parallel`.
+    expert_receive_rows: most (token, expert) pairs that a device receives at a time.
   """
 
   family: str = "glm4_moe"
@@ -88,6 +91,8 @@ class ModelConfig:
   attention: str = "auto"
   grouped_matmul: str = "auto"
   expert_block_size: int = 64
+  expert_exchange: str = "auto"
+  expert_receive_rows: int = 65_536
 
   def __post_init__(self) -> None:
     """Raises ValueError naming the field, what was expected and what was given."""
@@ -104,7 +109,7 @@ class ModelConfig:
       require(field, value in DTYPES, f"one of {DTYPES}", value)
     sizes = (
       *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-      *("mlp_dim", "max_positions", "expert_block_size"),
+      *("mlp_dim", "max_positions", "expert_block_size", "expert_receive_rows"),
     )
     expert_sizes = ("expert_mlp_dim", "num_experts", "num_experts_per_token")
     groups = ("num_expert_groups", "num_groups_per_token")

@@ -255,4 +255,5 @@ def write(config: "ModelConfig") -> dict[str, Any]:
 _RUN_FIELDS = (
   *("dtype", "param_dtype", "remat_policy"),
   *("attention", "grouped_matmul", "expert_block_size"),
+  *("expert_exchange", "expert_receive_rows"),
 )

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 
 from intellect3.models.config import ModelConfig
 
-ACTIVATIONS_BTD = ("act_batch", "act_length", "act_embed")
-
 
 def kernel_init(scale: float = 1.0, batch_axis: Sequence[int] = ()) -> nn.initializers.Initializer:
   """Normal with standard deviation `scale / sqrt(fan in)`."""

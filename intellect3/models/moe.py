@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from intellect3.kernels import grouped_matmul
+from intellect3.kernels import expert_parallel, grouped_matmul
 from intellect3.models import layers
 from intellect3.models.config import ModelConfig
+from intellect3.models.parallel import ONE_DEVICE, Parallel
 
 
 class Choice(NamedTuple):
@@ -53,8 +54,9 @@ class Router(nn.Module):
     """
     config = self.config
     shape = (config.embed_dim, config.num_experts)
+    # On every device: it works in float32, and float32 weights do not travel.
     kernel_DE = layers.parameter(
-      self, "kernel", layers.kernel_init(), shape, ("embed", None), config.param_dtype
+      self, "kernel", layers.kernel_init(), shape, (None, None), config.param_dtype
     )
     logits_TE = jnp.dot(
       x_TD.astype(jnp.float32),
@@ -92,17 +94,21 @@ def _choose(config: ModelConfig, choice_TE: jax.Array) -> jax.Array:
 
 
 class Experts(nn.Module):
-  """The routed experts' MLPs, stacked over the experts."""
+  """The routed experts' MLPs, stacked over the experts: this device's experts of every token of its
+  group, and of those this device's part of their width."""
 
   config: ModelConfig
+  parallel: Parallel = ONE_DEVICE
 
   @nn.compact
-  def __call__(self, x_TD: jax.Array, experts_TA: jax.Array, weights_TA: jax.Array) -> jax.Array:
-    config = self.config
+  def __call__(
+    self, x_TD: jax.Array, experts_TA: jax.Array, weights_TA: jax.Array, valid_T: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    config, parallel = self.config, self.parallel
     dims = {
-      "experts": config.num_experts,
+      "experts": config.num_experts // parallel.parts(parallel.experts),
       "embed": config.embed_dim,
-      "mlp": config.expert_mlp_dim,
+      "mlp": config.expert_mlp_dim // parallel.parts(parallel.mlp),
     }
 
     def stack(name: str, axes: tuple[str, ...], scale: float = 1.0) -> jax.Array:
@@ -113,37 +119,60 @@ class Experts(nn.Module):
       )
 
     wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-    return grouped_matmul.expert_mlp(
-      x_TD,
+    stacks = (
       stack("gate", wide),
       stack("up", wide),
       stack("down", narrow, layers.residual_scale(config)),
+    )
+    kernel = {"implementation": config.grouped_matmul, "block_size": config.expert_block_size}
+    if parallel.experts is None:
+      out_TD = grouped_matmul.expert_mlp(x_TD, *stacks, experts_TA, weights_TA, **kernel)
+      return out_TD, jnp.zeros((), jnp.int32)
+    return expert_parallel.expert_parallel_mlp(
+      x_TD,
+      *stacks,
       experts_TA,
       weights_TA,
-      implementation=config.grouped_matmul,
-      block_size=config.expert_block_size,
+      valid_T,
+      axis_name=parallel.experts,
+      exchange=config.expert_exchange,
+      receive_rows=config.expert_receive_rows,
+      **kernel,
     )
 
 
 class MoE(nn.Module):
-  """Routed experts plus shared ones."""
+  """Routed experts plus shared ones; where widths are divided, this device's share of a sum."""
 
   config: ModelConfig
+  parallel: Parallel = ONE_DEVICE
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, replayed_BTA: jax.Array | None = None
-  ) -> tuple[jax.Array, Choice]:
-    """Returns the block's output [B, T, D] and the choice, [B, T, ...]; see `Router`."""
-    config = self.config
+    self, x_BTD: jax.Array, valid_BT: jax.Array, replayed_BTA: jax.Array | None = None
+  ) -> tuple[jax.Array, Choice, jax.Array]:
+    """Runs the block.
+
+    Args:
+      x_BTD: floating.
+      valid_BT: bool; what is no token does not travel between devices.
+      replayed_BTA: int32, or None.
+
+    Returns:
+      The output [B, T, D]; the choice, [B, T, ...], see `Router`; int32 [], rounds of the exchange
+      between devices beyond those of an even load.
+    """
+    config, parallel = self.config, self.parallel
     x_TD = x_BTD.reshape(-1, config.embed_dim)
     if replayed_BTA is not None:
       replayed_BTA = replayed_BTA.reshape(x_TD.shape[0], -1)
     choice, weights_TA = Router(config, name="router")(x_TD, replayed_BTA)
-    out_TD = Experts(config, name="experts")(x_TD, choice.experts, weights_TA)
+    experts = Experts(config, parallel, name="experts")
+    out_TD, extra_rounds = experts(x_TD, choice.experts, weights_TA, valid_BT.reshape(-1))
     out_BTD = out_TD.reshape(x_BTD.shape)
     if config.num_shared_experts:
-      width = config.num_shared_experts * config.expert_mlp_dim
+      width = config.num_shared_experts * config.expert_mlp_dim // parallel.parts(parallel.mlp)
       out_BTD = out_BTD + layers.MLP(config, width, name="shared")(x_BTD)
     rows = x_BTD.shape[:2]
-    return out_BTD, jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[1:]), choice)
+    choice = jax.tree.map(lambda leaf: leaf.reshape(*rows, *leaf.shape[1:]), choice)
+    return out_BTD, choice, extra_rounds

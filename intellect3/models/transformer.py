@@ -7,31 +7,26 @@ Layers of one kind are stacked and scanned, so compile time does not grow with d
 (residual stream, KV cache); the layer's index is a scanned input.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from intellect3.models import layers
+from intellect3.kernels.attention import context as context_lib
+from intellect3.kernels.platform import traced_platform
+from intellect3.models import layers, remat
 from intellect3.models.attention import Attention, Context
 from intellect3.models.cache import KVCache
 from intellect3.models.config import ModelConfig
 from intellect3.models.moe import Choice, MoE
+from intellect3.models.parallel import ONE_DEVICE, Parallel
+from intellect3.sharding import collectives
 
 Params = dict[str, Any]
-
-REMAT_POLICIES = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-}
-"""What the backward pass keeps of a layer: everything; its input; matrix products; those that are
-projections (not the attention scores); its input and what attention gave (`blockwise` does not run
-again then)."""
 
 EMBEDDING_STD = 0.1
 HEAD_SCALE = 0.3
@@ -45,11 +40,14 @@ class RouterStats(NamedTuple):
     experts_LBTA: int32 [M, B, T, A], the experts of every token, padding included.
     agreed_LBT: bool [M, B, T], whether a router's own choice was the replayed one, as sets; None
       where nothing was replayed.
+    extra_rounds_L: int32 [M], rounds of the exchange between devices beyond those that an even
+      load takes (`kernels.expert_parallel`).
   """
 
   load_LE: jax.Array
   experts_LBTA: jax.Array
   agreed_LBT: jax.Array | None
+  extra_rounds_L: jax.Array
 
 
 class Output(NamedTuple):
@@ -65,6 +63,7 @@ class Layer(nn.Module):
 
   config: ModelConfig
   moe: bool
+  parallel: Parallel = ONE_DEVICE
 
   @nn.compact
   def __call__(
@@ -73,26 +72,37 @@ class Layer(nn.Module):
     layer: jax.Array,
     replayed_BTA: jax.Array | None,
     context: Context,
-  ) -> tuple[tuple[jax.Array, KVCache | None], Choice | None]:
-    config = self.config
+  ) -> tuple[tuple[jax.Array, KVCache | None], tuple[Choice, jax.Array] | None]:
+    config, parallel = self.config, self.parallel
     x_BTD, cache = carry
+    x_BTD = checkpoint_name(x_BTD, remat.LAYER_INPUT)
     normed_BTD = layers.RMSNorm(config, name="attention_norm")(x_BTD)
-    out_BTD, cache = Attention(config, name="attention")(normed_BTD, cache, layer, context)
-    x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
+    attend = Attention(config, parallel, name="attention")
+    out_BTD, cache = attend(normed_BTD, cache, layer, context)
+    x_BTD = x_BTD + collectives.total(out_BTD, parallel.heads)
     normed_BTD = layers.RMSNorm(config, name="mlp_norm")(x_BTD)
-    choice = None
+    routed = None
     if self.moe:
-      out_BTD, choice = MoE(config, name="moe")(normed_BTD, replayed_BTA)
+      moe = MoE(config, parallel, name="moe")
+      out_BTD, *routed = moe(normed_BTD, context.valid_BT, replayed_BTA)
     else:
-      out_BTD = layers.MLP(config, config.mlp_dim, name="mlp")(normed_BTD)
-    x_BTD = nn.with_logical_constraint(x_BTD + out_BTD, layers.ACTIVATIONS_BTD)
-    return (x_BTD, cache), choice
+      width = config.mlp_dim // parallel.parts(parallel.mlp)
+      out_BTD = layers.MLP(config, width, name="mlp")(normed_BTD)
+    x_BTD = x_BTD + collectives.total(out_BTD, parallel.mlp)
+    return (x_BTD, cache), routed
 
 
 class Transformer(nn.Module):
-  """A decoder of `config.family`."""
+  """A decoder of `config.family`.
+
+  Attributes:
+    config: of the model.
+    parallel: how its work is divided. More than one device means inside a `shard_map` over the
+      whole mesh: the parameters of the layers are this device's shards, the others are gathered.
+  """
 
   config: ModelConfig
+  parallel: Parallel = ONE_DEVICE
 
   @nn.compact
   def __call__(
@@ -120,22 +130,19 @@ class Transformer(nn.Module):
         choice (router replay), laid out as `RouterStats.experts_LBTA`; a token with a negative
         entry chooses for itself. Their weights are of the model's own scores.
 
+    Where `parallel` divides the length, the [B, T] arguments are whole rows; `routed_experts_LBTA`
+    and what is returned are of this device's tokens, `kernels.attention.context.local_part`.
+
     Returns:
       `Output`; hidden states in config.dtype. Padding's hidden states mean nothing.
 
     Raises:
-      ValueError: for an unknown remat policy, page tables that do not go with rows or cache, or
-        routed experts of another shape than the model's.
+      ValueError: for an unknown remat policy or one that cannot run here, page tables that do not
+        go with rows or cache, or routed experts of another shape than the model's.
     """
-    config = self.config
-    if config.remat_policy not in REMAT_POLICIES:
-      expected = tuple(REMAT_POLICIES)
-      raise ValueError(f"remat_policy: expected one of {expected}, got {config.remat_policy!r}")
+    config, parallel = self.config, self.parallel
+    remat.check(config.remat_policy, traced_platform())
     _check_tables(tokens_BT, cache, tables_BW)
-    chosen = (config.num_moe_layers, *tokens_BT.shape, config.num_experts_per_token)
-    if routed_experts_LBTA is not None and routed_experts_LBTA.shape != chosen:
-      given = list(routed_experts_LBTA.shape)
-      raise ValueError(f"routed_experts_LBTA: expected {list(chosen)}, got {given}")
     shape, axes, dtype = (
       (config.vocab_size, config.embed_dim),
       ("vocab", "embed"),
@@ -146,35 +153,54 @@ class Transformer(nn.Module):
     if not config.tie_embeddings:
       init = layers.kernel_init(HEAD_SCALE)
       layers.parameter(self, "head", init, shape[::-1], axes[::-1], dtype)
+    whole_ids = (positions_BT, segment_ids_BT)
+    if parallel.length:
+      part = functools.partial(context_lib.local_part, axis_name=parallel.length)
+      tokens_BT, positions_BT, segment_ids_BT = map(part, (tokens_BT, *whole_ids))
+    chosen = (config.num_moe_layers, *tokens_BT.shape, config.num_experts_per_token)
+    if routed_experts_LBTA is not None and routed_experts_LBTA.shape != chosen:
+      given = list(routed_experts_LBTA.shape)
+      raise ValueError(f"routed_experts_LBTA: expected {list(chosen)}, got {given}")
     x_BTD = embedding_VD[tokens_BT].astype(config.dtype)
-    x_BTD = nn.with_logical_constraint(x_BTD, layers.ACTIVATIONS_BTD)
     angles_BTR = layers.rotary_angles(config, positions_BT)
-    context = Context(positions_BT, segment_ids_BT, angles_BTR, tables_BW)
+    context = Context(positions_BT, segment_ids_BT, angles_BTR, tables_BW, *whole_ids)
 
     carry = (x_BTD, cache)
-    choice = Choice(jnp.zeros((0, *chosen[1:]), jnp.int32), None)
+    nothing = jnp.zeros((0, *tokens_BT.shape, chosen[-1]), jnp.int32)
+    routed = (Choice(nothing, None), jnp.zeros(0, jnp.int32))
     first_moe = config.num_dense_layers
     for name, moe, start, stop in (
       ("dense_layers", False, 0, first_moe),
       ("moe_layers", True, first_moe, config.num_layers),
     ):
       if stop > start:
-        stack = _scanned(config, stop - start, remat=cache is None)(config, moe=moe, name=name)
+        layer = _scanned(config, name, stop - start, parallel, training=cache is None)
+        stack = layer(config, moe=moe, parallel=parallel, name=name)
         replayed = routed_experts_LBTA if moe else None
-        carry, chosen_by_layer = stack(carry, jnp.arange(start, stop), replayed, context)
-        choice = chosen_by_layer if moe else choice
+        carry, routed_by_layer = stack(carry, jnp.arange(start, stop), replayed, context)
+        routed = routed_by_layer if moe else routed
     x_BTD, cache = carry
     hidden_BTD = layers.RMSNorm(config, name="final_norm")(x_BTD)
+    choice, extra_rounds_L = routed
     load_LE = _load(choice.experts, segment_ids_BT != 0, config.num_experts)
-    return Output(hidden_BTD, cache, RouterStats(load_LE, choice.experts, choice.agreed))
+    stats = RouterStats(load_LE, choice.experts, choice.agreed, extra_rounds_L)
+    return Output(hidden_BTD, cache, stats)
 
 
-def _scanned(config: ModelConfig, length: int, *, remat: bool) -> Any:
-  policy = REMAT_POLICIES[config.remat_policy]
-  layer = Layer
-  if remat and policy is not None:
+def _scanned(
+  config: ModelConfig, name: str, length: int, parallel: Parallel, *, training: bool
+) -> Any:
+  policy = remat.POLICIES[config.remat_policy]
+  layer: Any = Layer
+  if parallel.dims:
+    # Inside the checkpoint: the backward pass gathers again instead of keeping every layer whole.
+    gather = functools.partial(parallel.gather, prefix=f"{name}/", dtype=config.dtype)
+    layer = nn.map_variables(
+      layer, "params", trans_in_fn=lambda tree: {"params": gather(tree["params"])}
+    )
+  if training and policy is not None:
     # Inside a scan nothing can be merged across the checkpoint, so no barrier is needed.
-    layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+    layer = nn.remat(layer, policy=policy, prevent_cse=False)
   return nn.scan(
     layer,
     variable_axes={"params": 0},
@@ -216,7 +242,6 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
   return nn.meta.unbox(_boxed_init(config, key))
 
 
-@functools.lru_cache(maxsize=64)
 def abstract(config: ModelConfig) -> tuple[Params, Params]:
   """Shapes and logical axes of the parameters; nothing is allocated.
 
@@ -226,6 +251,14 @@ def abstract(config: ModelConfig) -> tuple[Params, Params]:
     Two nested dicts, not to be changed, of the parameters' structure: of `jax.ShapeDtypeStruct`,
     and of tuples with one axis name (or None) per dimension. Map over both, the shapes first.
   """
+  # Shapes do not depend on the kernels, and those of a GPU refuse to be traced without it.
+  return _abstract(
+    dataclasses.replace(config, attention="plain", grouped_matmul="dense", remat_policy="none")
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig) -> tuple[Params, Params]:
   boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
   is_boxed = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
   axes = jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_boxed)

@@ -112,7 +112,7 @@ class OnMesh:
 
 
 def compile_step(
-  train_step: Callable[..., Any], shardings: Any, mesh: Mesh, rules: Rules | None = None
+  train_step: Callable[..., Any], shardings: Any, mesh: Mesh, rules: Rules
 ) -> OnMesh:
   """Jits a train step for a mesh, with the state donated and kept in its layout.
 
@@ -120,8 +120,7 @@ def compile_step(
     train_step: of `step.make_train_step`.
     shardings: of `state_shardings`.
     mesh: the mesh.
-    rules: constrains the activations too; None leaves them to the compiler, which infers them from
-      the state and the batch. On one device there is nothing to constrain.
+    rules: the table of the shardings; what the step is divided by (`training.shards`).
 
   Returns:
     (state, batch on the mesh) -> (state, metrics).
@@ -133,7 +132,7 @@ def compile_scoring(
   logprob_fn: Callable[..., jax.Array],
   row_sharding: NamedSharding,
   mesh: Mesh,
-  rules: Rules | None = None,
+  rules: Rules,
 ) -> OnMesh:
   """Jits a scoring step for a mesh; nothing is donated.
 
@@ -149,11 +148,23 @@ def compile_scoring(
   return _compile(logprob_fn, mesh, rules, out_shardings=row_sharding)
 
 
-def _compile(
-  function: Callable[..., Any], mesh: Mesh, rules: Rules | None, **options: Any
-) -> OnMesh:
+def compile_canary(logprob_fn: Callable[..., jax.Array], mesh: Mesh, rules: Rules) -> OnMesh:
+  """Jits the scoring of one prompt for a mesh.
+
+  Args:
+    logprob_fn: of `scoring.make_logprob_fn`.
+    mesh: the mesh.
+    rules: as for `compile_step`.
+
+  Returns:
+    (params, ids) -> logprobs, the same on every device.
+  """
+  return _compile(logprob_fn, mesh, rules, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _compile(function: Callable[..., Any], mesh: Mesh, rules: Rules, **options: Any) -> OnMesh:
   def scoped(first: Any, batch: Any) -> Any:
-    with nn.logical_axis_rules(rules if rules is not None and mesh.size > 1 else ()):
+    with nn.logical_axis_rules(rules):
       return function(first, batch)
 
   return OnMesh(jax.jit(scoped, **options), mesh)

@@ -3,18 +3,28 @@
 import jax
 
 
+def check(rows: int, micro_rows: int, parts: int) -> None:
+  """Raises ValueError where rows are no whole micro-batches, or those not the same on all devices.
+
+  Args:
+    rows: of the batch.
+    micro_rows: of a micro-batch.
+    parts: in how many parts the mesh divides rows.
+  """
+  if rows % micro_rows:
+    raise ValueError(f"rows: expected a multiple of micro_rows = {micro_rows}, got {rows}")
+  if micro_rows % parts:
+    raise ValueError(
+      f"micro_rows: expected a multiple of the {parts} parts of the mesh, got {micro_rows}"
+    )
+
+
 def split(array: jax.Array, micro_rows: int) -> jax.Array:
   """[rows, T, ..] -> [micro-batches, micro_rows, T, ..].
 
-  Micro-batch i takes rows i, i + n, i + 2n, ...: where the rows lie in blocks over devices, every
-  device then holds its share of every micro-batch, and nothing has to move.
-
-  Raises:
-    ValueError: rows that are no multiple of `micro_rows`.
+  Micro-batch i takes rows i, i + n, i + 2n, ...
   """
   rows, *rest = array.shape
-  if rows % micro_rows:
-    raise ValueError(f"rows: expected a multiple of micro_rows = {micro_rows}, got {rows}")
   return array.reshape(micro_rows, rows // micro_rows, *rest).swapaxes(0, 1)
 
 

@@ -2,10 +2,12 @@
 
 A batch's rows are taken in micro-batches of `micro_rows` rows, one after the other; gradients and
 metrics are sums over tokens divided by the global denominator `batch.loss_tokens`, so they add up
-and depend neither on the micro-batching nor on the packing (contract 5). Reinforcement learning and
-supervised fine-tuning differ in the loss function alone.
+and depend neither on the micro-batching nor on the packing nor on the mesh (contract 5). On a mesh
+every device runs the loop on its shards (`shards`), and replicas' gradients are summed after it.
+Reinforcement learning and supervised fine-tuning differ in the loss function alone.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,9 +15,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from intellect3.models.config import ModelConfig
-from intellect3.training import loss_inputs, micro_batches, router_bias, scoring
+from intellect3.models.parallel import Parallel
+from intellect3.sharding import collectives
+from intellect3.training import loss_inputs, micro_batches, router_bias, scoring, shards
 from intellect3.training import optimizer as optimizers
 from intellect3.training.state import TrainState
 
@@ -192,7 +197,9 @@ def make_gradient_fn(
     raise ValueError(f"micro_rows: expected at least 1, got {micro_rows}")
   takes = loss_inputs.declared(loss_fn)
 
-  def micro_loss(params: Any, rows: dict[str, jax.Array], counts: dict[str, Any]):
+  def micro_loss(
+    params: Any, rows: dict[str, jax.Array], counts: dict[str, Any], parallel: Parallel
+  ) -> tuple[jax.Array, Metrics]:
     scores = scoring.score(
       model_config,
       params,
@@ -203,6 +210,7 @@ def make_gradient_fn(
       head_chunk_size=head_chunk_size,
       routed_experts=rows.get("routed_experts"),
       experts_recorded=rows.get("experts_recorded"),
+      parallel=parallel,
     )
     mask = rows["loss_mask"] & scores.scored
     denominator = counts["denominator"]
@@ -221,8 +229,12 @@ def make_gradient_fn(
     sums = dict(metrics)
     sums["loss"] = loss
     sums["entropy"] = jnp.sum(jnp.where(mask, scores.entropy, 0.0)) / denominator
+    # Devices with the same rows have the same sums: each gives its share.
+    copies = parallel.parts(parallel.copies)
+    loss, sums = loss / copies, {name: value / copies for name, value in sums.items()}
     if scores.expert_load_LE.size:
       sums["expert_load_LE"] = scores.expert_load_LE
+      sums["expert_extra_rounds"] = scores.extra_rounds
     if "routed_experts" in rows:
       sums["router_agreement"] = scores.agreed
     return loss, jax.lax.stop_gradient(sums)
@@ -235,14 +247,31 @@ def make_gradient_fn(
     if given:
       loss_inputs.check(loss_fn, given)
     fields = (*_ROW_FIELDS, *(_REPLAY_FIELDS if replayed else ()), *given)
-    micro = {name: micro_batches.split(getattr(batch, name), micro_rows) for name in fields}
-    counts = loss_inputs.counts(batch)
-    gradient = jax.grad(micro_loss, has_aux=True)
-    first = {name: array[0] for name, array in micro.items()}
-    if micro["tokens"].shape[0] == 1:  # nothing to add up: no second tree of gradients
-      grads, metrics = gradient(params, first, counts)
-    else:
-      grads, metrics = _sum_over(lambda rows: gradient(params, rows, counts), first, micro)
+    rows = {name: getattr(batch, name) for name in fields}
+    division = shards.division(model_config)
+    parts = division.parts(division.rows)
+    micro_batches.check(batch.tokens.shape[0], micro_rows, parts)
+
+    def local(params: Any, rows: dict[str, jax.Array], counts: Any) -> tuple[Any, Metrics]:
+      gradient = jax.grad(functools.partial(micro_loss, parallel=division), has_aux=True)
+      micro = {n: micro_batches.split(array, micro_rows // parts) for n, array in rows.items()}
+      first = {name: array[0] for name, array in micro.items()}
+      if micro["tokens"].shape[0] == 1:  # nothing to add up: no second tree of gradients
+        grads, sums = gradient(params, first, counts)
+      else:
+        grads, sums = _sum_over(lambda one: gradient(params, one, counts), first, micro)
+      sums = {name: collectives.total(value, division.axes) for name, value in sums.items()}
+      return shards.sum_gradients(grads, model_config, division), sums
+
+    grads, metrics = shards.run(
+      local,
+      model_config,
+      division,
+      params,
+      rows,
+      loss_inputs.counts(batch),
+      out_specs=lambda params, _: (params, PartitionSpec()),
+    )
     if "expert_load_LE" in metrics:
       load_LE = metrics["expert_load_LE"]
       mean_L = jnp.maximum(load_LE.mean(axis=1), 1e-9)

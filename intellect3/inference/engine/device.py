@@ -252,7 +252,8 @@ def load(
     raise ValueError(f"Cannot find any model weights with `{path}`.")
   dtypes = {"dtype": dtype or param_dtype, "param_dtype": param_dtype}
   config = hf.check(path, **{key: value for key, value in dtypes.items() if value is not None})
-  config = kernel_choice.resolve(config, level=logging.DEBUG)  # the server says it, once it is up
+  # Said at a low level: the server says it, once it is up.
+  config = kernel_choice.resolve(config, compiler_splits=tensor_parallel > 1, level=logging.DEBUG)
   _, shardings = _layout(config, tensor_parallel)
   return config, hf.load_sharded(path, config, shardings, dtype=param_dtype)
 
