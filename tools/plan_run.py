@@ -6,8 +6,8 @@
         [--search [--search-most 12]] [--xla NAME=VALUE ..]
 
 Compiles the functions that the run would jit, for the target and without a device (the wheels of
-`make plan`; for v5p of `make plan-tpu`), and reports memory, collectives, arithmetic and a predicted
-step time per device.
+`make plan`; for v5p of `make plan-tpu`), and reports memory, collectives, arithmetic and a
+predicted step time per device.
 Exit code 1: it does not fit, or float32 weights travel; 2: the configuration is not fit.
 """
 

@@ -10,7 +10,8 @@ from intellect3.planning.hlo import HOST, Computation, Instruction, Module, Shap
 _COPIES = frozenset(
   ("copy", "fusion", "dynamic-slice", "dynamic-update-slice", "slice", "async", "custom-call")
 )
-_ALLOCATES = "AllocateBuffer"
+ALLOCATES = 'custom_call_target="AllocateBuffer"'
+"""Of an instruction that names memory and does nothing."""
 
 
 class HostCopy(NamedTuple):
@@ -41,7 +42,7 @@ def find(instruction: Instruction, computation: Computation, module: Module) -> 
   """
   opcode = instruction.opcode.removesuffix("-start")
   start = opcode != instruction.opcode
-  if opcode not in _COPIES or _ALLOCATES in instruction.attributes:
+  if opcode not in _COPIES or ALLOCATES in instruction.attributes:
     return None
   operands = [
     shape

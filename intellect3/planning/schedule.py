@@ -14,7 +14,7 @@ from intellect3.planning import collectives, host_copies
 from intellect3.planning.collectives import Collective
 from intellect3.planning.hardware import Hardware
 from intellect3.planning.hlo import Computation, Instruction, Module, runs
-from intellect3.planning.host_copies import HostCopy
+from intellect3.planning.host_copies import ALLOCATES, HostCopy
 
 # No kernel: names for values, or bookkeeping on the host.
 _FREE = frozenset(
@@ -207,7 +207,7 @@ def _kernel(
   hardware: Hardware,
 ) -> float:
   opcode = instruction.opcode
-  if opcode in _FREE or opcode.endswith("-done"):
+  if opcode in _FREE or opcode.endswith("-done") or ALLOCATES in instruction.attributes:
     return 0.0
   flops, dtype = matrix_flops(instruction, computation, module)
   moved = memory_bytes(instruction, computation, module)

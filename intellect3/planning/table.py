@@ -96,12 +96,7 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
     )
     lines += _indent(_columns(header, rows))
   if one["host_copies"]:
-    copies = [
-      (row["kind"], str(row["count"]), f"{row['bytes'] / 1e9:.3f}", *_times(row))
-      for row in one["host_copies"]
-    ]
-    head = ("to or from the host", "count", "GB a step", "seconds", "overlapped", "exposed")
-    lines += _indent(_columns(head, copies))
+    lines += _indent(host_lines(one["host_copies"]))
   if one["unknown_loops"]:
     lines.append(
       f"  {len(one['unknown_loops'])} loops have a trip count that XLA does not know; what is in "
@@ -109,6 +104,15 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
       "from the analytic count"
     )
   return lines
+
+
+def host_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """What moves between the device and its host, under a header."""
+  header = ("to or from the host", "count", "GB a step", "seconds", "overlapped", "exposed")
+  cells = [
+    (row["kind"], str(row["count"]), f"{row['bytes'] / 1e9:.3f}", *_times(row)) for row in rows
+  ]
+  return _columns(header, cells)
 
 
 def _collective(row: Mapping[str, Any]) -> tuple[str, ...]:

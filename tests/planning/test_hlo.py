@@ -94,6 +94,58 @@ def test_loops_in_loops_multiply():
   assert runs[:3] == [("main", 1), ("body", 4), ("yes", 12)]
 
 
+COUNTED = """HloModule m, is_scheduled=true
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[8]{0} get-tuple-element(%arg), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %x)
+}
+
+%condition (arg.1: (s32[], f32[8])) -> pred[] {
+  %arg.1 = (s32[], f32[8]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%arg.1), index=0
+  %limit = s32[] constant(8)
+  ROOT %below = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %one = s32[] constant(1)
+  %copy = s32[] copy(%one)
+  %start = (s32[], f32[8]{0}) tuple(%copy, %p)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "trips"),
+  [
+    ("", "", 4),  # from 1 by 2 to below 8: 1, 3, 5, 7
+    ("constant(8)", "constant(1)", 0),
+    ("constant(2)", "constant(1)", 7),
+    ("direction=LT", "direction=NE", None),
+    ("%next = s32[] add(%i, %two)", "%next = s32[] multiply(%i, %two)", None),
+    ("%limit = s32[] constant(8)", "%limit = s32[] get-tuple-element(%arg.1), index=0", None),
+  ],
+)
+def test_a_loop_that_xla_leaves_uncounted_shows_how_often_it_runs(old, new, trips):
+  """As on TPUs, whose text has no `known_trip_count`."""
+  module = hlo.parse(COUNTED.replace(old, new))
+  assert module.computations["main"].by_name["loop"].trip_count == trips
+  assert len(module.unknown_loops()) == (trips is None)
+
+
+def test_an_array_on_the_host_is_known_by_its_layout():
+  (here, there, near) = hlo.shapes_of("(f32[4]{0:T(128)}, bf16[6,4]{1,0:S(5)}, f32[4]{0:T(8)S(1)})")
+  assert (here.space, there.space, near.space) == (0, hlo.HOST, 1)
+
+
 def test_the_innermost_frame_of_the_package_is_named():
   module = hlo.parse(MODULE)
   y = module.computations["body"].by_name["y"]

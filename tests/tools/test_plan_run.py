@@ -1,17 +1,20 @@
 """The planner's command line: for GPUs that are not here, for fake CPU devices, and refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import gin
 import jax
 import pytest
 
 from experiments import gin_config
-from intellect3 import rl
+from intellect3 import rl, sft
 from intellect3.models import hf, presets, transformer
+from intellect3.sharding import rules
 from tests.kernels import deviceless
 from tools import plan_job, plan_run
 
@@ -131,7 +134,8 @@ from experiments import gin_config
 text = gin_config.read([sys.argv[1]], [])
 gin_config.parse(text, without_jax=True)
 """
-RUN_FILES = ("qwen3_0_6b_1xh100", "qwen3_30b_a3b_8xh100")
+RUN_FILES = ("qwen3_0_6b_1xh100", "qwen3_30b_a3b_8xh100", "intellect3_rl_512xh200")
+SFT_FILES = ("intellect3_sft1_512xh200", "intellect3_sft2_512xh200")
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -148,16 +152,89 @@ def test_a_planned_run_file_builds_every_role(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "model", "rows"),
-  [(RUN_FILES[0], presets.qwen3_0_6b(), 64), (RUN_FILES[1], presets.qwen3_30b_a3b(), 128)],
+  ("name", "model", "rows", "axes", "table"),
+  [
+    (RUN_FILES[0], presets.qwen3_0_6b(), 64, {"fsdp": 1}, rules.TRAIN_FSDP),
+    (RUN_FILES[1], presets.qwen3_30b_a3b(), 128, None, None),
+    (
+      *(RUN_FILES[2], presets.glm_4_5_air(), 4096),
+      *({"fsdp": 16, "expert": 8}, rules.TRAIN_FSDP_EXPERT),
+    ),
+    (
+      *(SFT_FILES[0], presets.glm_4_5_air(), 1024),
+      *({"fsdp": 64, "expert": 8}, rules.TRAIN_FSDP_EXPERT),
+    ),
+    (SFT_FILES[1], presets.glm_4_5_air(), 512, None, rules.TRAIN_CONTEXT),
+  ],
 )
-def test_a_planned_run_file_is_of_its_model(name, model, rows):
+def test_a_planned_run_file_is_of_its_model(name, model, rows, axes, table):
   kind, job = plan_job.read(gin_config.read([str(RUNS / f"{name}.gin")], []))
-  assert (kind, job.rows) == ("rl", rows)
-  assert job.model == model and job.model.dtype == "bfloat16"
+  assert (kind, job.rows) == ("sft" if name in SFT_FILES else "rl", rows)
+  options = {"remat_policy": job.model.remat_policy}
+  assert job.model == dataclasses.replace(model, **options) and job.model.dtype == "bfloat16"
+  assert (
+    axes is None
+    or {axis: size for axis, size in job.mesh.items() if size > 1 or len(job.mesh) == 1} == axes
+  )
+  assert table is None or job.rules == table
 
 
-@pytest.mark.parametrize("name", RUN_FILES)
+def test_the_run_of_intellect3_is_its_recipe():
+  """Table 1 of docs/design/0001's source: prompts, lengths, loss, optimizer and staleness."""
+  gin_config.parse(gin_config.read([str(RUNS / f"{RUN_FILES[2]}.gin")], []), without_jax=False)
+  for parameter, value in (
+    ("orchestrator.orchestrator.prompts_per_step", 256),
+    ("orchestrator.orchestrator.rollouts_per_prompt", 16),
+    ("orchestrator.orchestrator.staleness_rule", "drop"),
+    ("rl.run.max_off_policy_steps", 8),
+    ("worker.worker.max_tokens", 65536),
+    ("policy_gradient.masked_importance_loss.ratio_low", 0.5),
+    ("policy_gradient.masked_importance_loss.ratio_high", 5.0),
+    ("policy_gradient.masked_importance_loss.sequence_ratio_min", 1e-5),
+  ):
+    assert gin.query_parameter(parameter) == value, parameter
+  _, job = plan_job.read(gin_config.read([str(RUNS / f"{RUN_FILES[2]}.gin")], []))
+  assert float(job.optimizer.learning_rate(0)) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "rates"),
+  [
+    (SFT_FILES[0], {0: 1e-8 + (5e-5 - 1e-8) / 300, 299: 5e-5, 1000: 5e-5}),
+    (SFT_FILES[1], {0: 5e-8, 400: 2.5e-8, 800: 0.0}),
+  ],
+)
+def test_the_stages_of_fine_tuning_have_their_rates(name, rates):
+  _, job = plan_job.read(gin_config.read([str(RUNS / f"{name}.gin")], []))
+  for step, rate in rates.items():
+    assert float(job.optimizer.learning_rate(step)) == pytest.approx(rate, rel=1e-5), step
+
+
+@pytest.mark.parametrize("name", SFT_FILES)
+def test_fine_tuning_on_512_devices_asks_for_them(name, tmp_path):
+  """Everything else is accepted here, where they are not."""
+  data = tmp_path / "messages.jsonl"
+  messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+  data.write_text(json.dumps({"messages": messages}) + "\n")
+  text = gin_config.read([str(RUNS / f"{name}.gin")], [f"messages={str(data)!r}"])
+  gin_config.parse(text, without_jax=False)
+  with pytest.raises(gin_config.ConfigError, match="mesh: expected 512 devices for"):
+    gin_config.call(sft.run, run_dir=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+  ("binding", "message"),
+  [
+    ("sft.run.mesh={'fsdp': 8}", r"mesh: expected @mesh.make_mesh\(\), got"),
+    ("sft.run.rules='train_fsdp'", "rules: expected"),
+  ],
+)
+def test_a_mesh_or_table_in_another_form_is_refused(binding, message):
+  with pytest.raises(gin_config.ConfigError, match=message):
+    plan_job.read(gin_config.read([str(RUNS / f"{SFT_FILES[0]}.gin")], [binding]))
+
+
+@pytest.mark.parametrize("name", (*RUN_FILES, *SFT_FILES))
 def test_a_planned_run_file_says_what_it_is(name):
   text = (RUNS / f"{name}.gin").read_text()
   assert text.startswith("# Purpose:  ")
