@@ -4,7 +4,7 @@ Place in the ring: the second half of every layer after the dense ones. Which ex
 returned, not stored: load statistics and router replay read it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -124,7 +124,10 @@ class Experts(nn.Module):
       stack("up", wide),
       stack("down", narrow, layers.residual_scale(config)),
     )
-    kernel = {"implementation": config.grouped_matmul, "block_size": config.expert_block_size}
+    kernel: Any = {
+      "implementation": config.grouped_matmul,
+      "block_size": config.expert_block_size,
+    }
     if parallel.experts is None:
       out_TD = grouped_matmul.expert_mlp(x_TD, *stacks, experts_TA, weights_TA, **kernel)
       return out_TD, jnp.zeros((), jnp.int32)

@@ -84,7 +84,8 @@ class Layer(nn.Module):
     routed = None
     if self.moe:
       moe = MoE(config, parallel, name="moe")
-      out_BTD, *routed = moe(normed_BTD, context.valid_BT, replayed_BTA)
+      out_BTD, choice, extra_rounds = moe(normed_BTD, context.valid_BT, replayed_BTA)
+      routed = (choice, extra_rounds)
     else:
       width = config.mlp_dim // parallel.parts(parallel.mlp)
       out_BTD = layers.MLP(config, width, name="mlp")(normed_BTD)

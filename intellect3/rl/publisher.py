@@ -14,6 +14,7 @@ import logging
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,7 +50,22 @@ class Publisher:
     shard_bytes: int,
     threads: int,
     processes: Processes = ALONE,
+    compiled: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] = jax.jit,
   ) -> None:
+    """Nothing is published yet.
+
+    Args:
+      shared: what the roles share.
+      config: the model.
+      canary_ids: int32[T], the prompt that servers are compared on.
+      head_chunk_size: tokens per chunk of the vocabulary head.
+      keep: published versions kept.
+      dtype: of the published weights; None keeps that of the parameters.
+      shard_bytes: most bytes of a file.
+      threads: files written at a time.
+      processes: the trainer's.
+      compiled: how the scoring of the canary is compiled; on a mesh, `layout.compile_canary`.
+    """
     self._shared = shared
     self._config = config
     self._keep = keep
@@ -58,7 +74,7 @@ class Publisher:
     self._threads = threads
     self._canary_ids = canary_ids
     logprob_fn = scoring.make_logprob_fn(config, head_chunk_size=head_chunk_size)
-    self._logprobs = jax.jit(lambda params, ids: logprob_fn(as_published(params, dtype), ids))
+    self._logprobs = compiled(lambda params, ids: logprob_fn(as_published(params, dtype), ids))
     self._processes = processes
     self._newest = processes.broadcast("weights/newest", manifests.latest(shared.weights_dir))
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="publisher")

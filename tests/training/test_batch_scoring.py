@@ -23,7 +23,7 @@ def test_rows_are_split_so_that_blocks_of_rows_stay_where_they_are():
   np.testing.assert_array_equal(micro_batches.merge(split), rows)
   with pytest.raises(ValueError, match="multiple of micro_rows = 4, got 6"):
     micro_batches.check(6, 4, 1)
-  with pytest.raises(ValueError, match="micro_rows: expected a multiple of the 4 parts .*, got 2"):
+  with pytest.raises(ValueError, match=r"micro_rows: expected a multiple of the 4 parts .*, got 2"):
     micro_batches.check(6, 2, 4)
 
 
