@@ -6,13 +6,14 @@ The same pipeline, step, optimizer and checkpoints as reinforcement learning; on
 batches and the loss differ.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +21,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from intellect3 import telemetry
+from intellect3.distributed import arrays, watchdog
+from intellect3.distributed import processes as starting
 from intellect3.losses.supervised import negative_log_likelihood
 from intellect3.models import hf, kernel_choice
 from intellect3.models.config import ModelConfig
-from intellect3.pipeline import iteration, packing, placement, sft_source
-from intellect3.rl import checks
+from intellect3.pipeline import packing, placement, sft_source
+from intellect3.rl import batch_sums, checks
 from intellect3.sharding.mesh import make_mesh
 from intellect3.sharding.rules import TRAIN_FSDP, Rules
 from intellect3.training import checkpoint, flops, layout, loss_inputs, router_bias
 from intellect3.training import state as states
 from intellect3.training.optimizer import Optimizer
 from intellect3.training.step import make_train_step, supervised
+from intellect3.weights import export
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -63,6 +67,7 @@ def run(
   resume: bool = False,
   stop: threading.Event | None = None,
   report: Report | None = None,
+  stall_seconds: float = 3600.0,
 ) -> Callable[[], dict[str, Any]]:
   """Checks a supervised run and returns what trains the model on its examples and exports it.
 
@@ -92,6 +97,11 @@ def run(
     resume: go on from the last whole checkpoint of `run_dir`.
     stop: ends the run after the step in progress, with a checkpoint and without an export.
     report: called with each metrics row; None prints a line now and then.
+    stall_seconds: a step, checkpoint or export that takes longer ends the process, with its stacks
+      on stderr (`distributed.watchdog`).
+
+  Of several processes (`distributed`) each calls this alike; the first writes what is not an array,
+  and its `stop` is everybody's.
 
   Returns:
     A function that does the run. It gives the summary, as in `summary.json`: `loss_start`,
@@ -118,11 +128,18 @@ def run(
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)
   loss_inputs.check(supervised(loss_fn))
   checks.rules("rules", rules)
+  checks.number("stall_seconds", stall_seconds, 0, above=True)
+  processes = starting.here()
   mesh = mesh or make_mesh(fsdp=jax.device_count())
   placement.check_rows(mesh, micro_rows=micro_rows, row_length=row_length)
   if run_dir.exists() and not run_dir.is_dir():
     raise ValueError(f"run_dir: expected a directory, got the file {run_dir}")
-  if resume and not any((run_dir / name).exists() for name in ("metrics", "checkpoints")):
+  # The first process alone: the files of this very run may appear while another looks.
+  if (
+    resume
+    and processes.is_first
+    and not any((run_dir / name).exists() for name in ("metrics", "checkpoints"))
+  ):
     raise ValueError(f"run_dir: expected a run, got {run_dir}: there is no run to resume")
   if not resume and run_dir.exists():
     found = sorted({entry.name for entry in run_dir.iterdir()} - _EXPECTED_FILES)
@@ -134,6 +151,7 @@ def run(
   shardings = layout.state_shardings(config, optimizer, mesh, rules)
 
   def start() -> dict[str, Any]:
+    processes.barrier("checked")  # before the first file of the run is there
     began = time.monotonic()
     step = make_train_step(
       config,
@@ -144,7 +162,7 @@ def run(
       router_bias_rate=router_bias_rate,
     )
     train_step = layout.compile_step(step, shardings, mesh, rules)
-    stopping = stop or threading.Event()
+    share = placement.own_share(mesh)
     batches = sft_source.batches(
       example,
       examples_per_step=examples_per_step,
@@ -153,12 +171,16 @@ def run(
       row_length=row_length,
       micro_rows=micro_rows,
       row_counts=row_counts,
-      stop=stopping,
+      stop=threading.Event(),  # whether to stop is agreed on before each batch
+      share=share,
     )
     with (
+      watchdog.watched(
+        f"process {processes.index} of {processes.count}", stall_seconds
+      ) as watching,
       batches,
       checkpoint.Checkpointer(run_dir / "checkpoints", keep=keep_checkpoints) as checkpoints,
-      telemetry.MetricsWriter(run_dir, "sft") as metrics,
+      contextlib.ExitStack() as stack,
     ):
       # Not kept in a variable: the state alone holds the parameters.
       state = layout.make_state(
@@ -173,22 +195,28 @@ def run(
       )
       if resume and checkpoints.latest_step() is not None:
         state = checkpoints.restore(state, batches).state
-      metrics.truncate_after(int(state.step))
-      rows = _Rows(metrics, config, steps, report or _print_row)
+      writer = None
+      if processes.is_first:
+        writer = stack.enter_context(telemetry.MetricsWriter(run_dir, "sft"))
+        writer.truncate_after(int(state.step))
+      rows = _Rows(writer, config, steps, report or _print_row, share, processes)
       state = _train(
         lambda state, batch: train_step(state, placement.place(batch, mesh)),
         state,
-        batches,
-        checkpoints,
+        _until_stopped(batches, stop, processes, watching),
+        lambda state: checkpoints.save(state, batches),
         checkpoint_every,
         rows,
       )
       stopped = int(state.step) < steps
-    if not stopped:
-      _export(run_dir / "model", config, state.params, model_path, write_tokenizer)
-    summary = _summary(run_dir, int(state.step), stopped, time.monotonic() - began)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+      watching.enter("the export", steps)
+      if not stopped:
+        _export(run_dir / "model", config, state.params, model_path, write_tokenizer, processes)
+    if processes.is_first:
+      summary = _summary(run_dir, int(state.step), stopped, time.monotonic() - began)
+      (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    processes.barrier("summary")
+    return json.loads((run_dir / "summary.json").read_text())
 
   return start
 
@@ -205,11 +233,27 @@ def _config(
   return hf.check(model_path, **{"dtype": "float32", "param_dtype": "float32", **model_options})
 
 
+def _until_stopped(
+  batches: Iterator[packing.Batch],
+  stop: threading.Event | None,
+  processes: starting.Processes,
+  watching: watchdog.Watchdog,
+) -> Iterator[packing.Batch]:
+  """The batches until the first process's `stop` is set, which all look at before each."""
+  while not processes.broadcast("stop", stop is not None and stop.is_set()):
+    watching.enter(watchdog.WAITING, 0)
+    batch = next(batches, None)
+    if batch is None:
+      return
+    watching.enter("the train step or its checkpoint", int(batch.step))
+    yield batch
+
+
 def _train(
   train_step: Callable[..., Any],
   state: states.TrainState,
-  batches: iteration.BatchIterator,
-  checkpoints: checkpoint.Checkpointer,
+  batches: Iterator[packing.Batch],
+  save: Callable[[states.TrainState], None],
   checkpoint_every: int | None,
   rows: "_Rows",
 ) -> states.TrainState:
@@ -221,22 +265,32 @@ def _train(
     rows.add(done, batch, metrics)
     if checkpoint_every is not None and done % checkpoint_every == 0:
       rows.flush()
-      checkpoints.save(state, batches)
+      save(state)
       saved = done
   rows.flush()
   if done > saved:
-    checkpoints.save(state, batches)
+    save(state)
   return state
 
 
 class _Rows:
-  """Writes each step's metrics one step late, so that fetching them does not hold up the device."""
+  """Writes each step's metrics one step late, so that fetching them does not hold up the device.
+
+  Of several processes all fetch, and the one with a writer writes.
+  """
 
   def __init__(
-    self, writer: telemetry.MetricsWriter, config: ModelConfig, steps: int, report: Report
+    self,
+    writer: telemetry.MetricsWriter | None,
+    config: ModelConfig,
+    steps: int,
+    report: Report,
+    share: packing.Share,
+    processes: starting.Processes,
   ):
     self._writer, self._config, self._steps, self._report = writer, config, steps, report
-    self._peak = flops.peak_flops()
+    self._share, self._processes = share, processes
+    self._peak = flops.peak_flops() if writer is not None else 1.0
     self._pending: tuple[int, packing.Batch, Any] | None = None
     self._last = time.monotonic()
     self._warm = False
@@ -250,23 +304,23 @@ class _Rows:
       return
     step, batch, metrics = self._pending
     self._pending = None
-    values = jax.device_get(metrics)
+    values = arrays.fetch(metrics)
+    told = self._processes.gather("batch_sums", batch_sums.of_blocks(batch, self._share))
+    sums = batch_sums.merge(told, self._share.num_blocks)
     now = time.monotonic()
     seconds, self._last = max(now - self._last, 1e-9), now
-    real = batch.segment_ids > 0
-    tokens = int(real.sum())
-    work = flops.train_flops(
-      self._config, tokens=tokens, attended_pairs=int((batch.positions[real] + 1).sum())
-    )
+    if self._writer is None:
+      return
+    work = flops.train_flops(self._config, tokens=sums.tokens, attended_pairs=sums.attended_pairs)
     row = {
       "steps": self._steps,
       **values,
-      "tokens": tokens,
+      "tokens": sums.tokens,
       "loss_tokens": int(batch.loss_tokens),
-      "rows": len(batch.tokens),
-      "padding_share": 1.0 - tokens / batch.tokens.size,
+      "rows": sums.rows,
+      "padding_share": 1.0 - sums.tokens / sums.slots,
       "seconds": seconds,
-      "tokens_per_second": tokens / seconds,
+      "tokens_per_second": sums.tokens / seconds,
       "mfu": flops.mfu(work, seconds, self._peak, jax.device_count()),
       # The first step of a process compiles, and so does a new number of rows.
       "compiled": not self._warm,
@@ -292,9 +346,13 @@ def _export(
   params: Any,
   tokenizer_from: str | os.PathLike[str] | None,
   write_tokenizer: Callable[[pathlib.Path], None] | None,
+  processes: starting.Processes,
 ) -> None:
-  hf.save(directory, config, params, source=tokenizer_from)
-  if write_tokenizer is not None:
+  if processes.count == 1:
+    hf.save(directory, config, params, source=tokenizer_from)
+  else:
+    export.export(directory, config, params, source=tokenizer_from, processes=processes)
+  if write_tokenizer is not None and processes.is_first:
     write_tokenizer(directory)
 
 

@@ -10,6 +10,8 @@ import pytest
 from intellect3.models import hf, presets, transformer
 from intellect3.rl import publisher as publishers
 from intellect3.rl.roles import Shared
+from intellect3.sharding.mesh import make_mesh
+from intellect3.sharding.rules import TRAIN_FSDP
 from intellect3.training import scoring
 from intellect3.training.state import TrainState
 from intellect3.weights import manifest, publish
@@ -38,7 +40,15 @@ def shared(run_dir):
 
 
 def make(run_dir, **changes):
-  options = {"head_chunk_size": 8, "keep": 9, "dtype": None, "shard_bytes": 1 << 20, "threads": 2}
+  options = {
+    "head_chunk_size": 8,
+    "keep": 9,
+    "dtype": None,
+    "shard_bytes": 1 << 20,
+    "threads": 2,
+    "mesh": make_mesh(devices=jax.devices()[:1]),
+    "rules": TRAIN_FSDP,
+  }
   return publishers.Publisher(shared(run_dir), CONFIG, canary_ids=IDS, **{**options, **changes})
 
 

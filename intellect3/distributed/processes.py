@@ -56,6 +56,11 @@ class Processes:
     """Whether this one speaks for all: talks to others, writes metrics, removes old files."""
     return self.index == 0
 
+  @property
+  def name(self) -> str:
+    """For people."""
+    return f"process {self.index} of {self.count}"
+
   def post(self, name: str, value: Any) -> None:
     """Process 0 says a value once under a name of its own, for `await_post`."""
     if self.count > 1:

@@ -19,11 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from intellect3.distributed import arrays
 from intellect3.distributed.processes import ALONE, Processes
 from intellect3.models.config import ModelConfig
 from intellect3.rl.roles import Shared
+from intellect3.sharding.rules import Rules
 from intellect3.training import scoring
 from intellect3.training import state as states
 from intellect3.weights import gather, publish
@@ -43,6 +45,8 @@ class Publisher:
     shared: Shared,
     config: ModelConfig,
     *,
+    mesh: Mesh,
+    rules: Rules,
     canary_ids: np.ndarray,
     head_chunk_size: int,
     keep: int,
@@ -68,6 +72,7 @@ class Publisher:
     """
     self._shared = shared
     self._config = config
+    self._mesh = mesh
     self._keep = keep
     self._dtype = dtype
     self._shard_bytes = shard_bytes
@@ -121,7 +126,7 @@ class Publisher:
     own = gather.gather(
       self._config,
       params,
-      params["embedding"].sharding.mesh,
+      self._mesh,
       dtype=self._dtype,
       shard_bytes=self._shard_bytes,
       index=self._processes.index,

@@ -157,10 +157,9 @@ def trainer(
 
   def main() -> None:
     processes = starting.here()
+    processes.barrier("checked")  # before the first file of the run is there
     with contextlib.ExitStack() as stack:
-      watching = stack.enter_context(
-        watchdog.watched(f"trainer process {processes.index} of {processes.count}", stall_seconds)
-      )
+      watching = stack.enter_context(watchdog.watched(f"trainer, {processes.name}", stall_seconds))
       run(stack, processes, watching)
       watching.enter("the end", shared.steps)
 
@@ -219,6 +218,8 @@ def trainer(
         Publisher(
           shared,
           config,
+          mesh=device_mesh,
+          rules=rules,
           canary_ids=canary.canary_ids(shared, canary_tokens),
           head_chunk_size=head_chunk_size,
           keep=max(keep_weights, shared.max_off_policy_steps + 2),
@@ -226,6 +227,7 @@ def trainer(
           shard_bytes=weights_shard_bytes,
           threads=weights_threads,
           processes=processes,
+          compiled=lambda fn: layout.compile_canary(fn, device_mesh, rules),
         )
       )
     )

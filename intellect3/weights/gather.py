@@ -5,6 +5,7 @@ array after the other: what all hosts hold at a time is that slice, and what a h
 tensors of its own files, so no host ever holds the model.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -68,9 +69,7 @@ def gather(
     for name, _ in shard
   }
   kinds = {name: tensor.dtype for name, tensor in planned}
-  replicated = NamedSharding(mesh, PartitionSpec())
-  whole = jax.jit(lambda leaf: leaf, out_shardings=replicated)
-  layer = jax.jit(lambda leaf, number: leaf[number], out_shardings=replicated)
+  whole, layer = _slicers(mesh)
   held: dict[str, np.ndarray] = {}
   for entry in names.entries(config):
     leaf = layout.leaf(params, entry.path)
@@ -93,6 +92,16 @@ def gather(
     tensors,
     dtype or str(params["embedding"].dtype),
     sum(array.nbytes for array in held.values()),
+  )
+
+
+@functools.cache
+def _slicers(mesh: Mesh) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+  """An array whole on every device, and so its part of a number; compiled once a run."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return (
+    jax.jit(lambda leaf: leaf, out_shardings=replicated),
+    jax.jit(lambda leaf, number: leaf[number], out_shardings=replicated),
   )
 
 

@@ -1,4 +1,4 @@
-"""A trainer by itself on a RolloutLog that is there already: what it makes is a function of both."""
+"""A trainer by itself on a RolloutLog that is there already: it is a function of both."""
 
 import os
 import pathlib
