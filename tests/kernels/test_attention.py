@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from intellect3.kernels.attention import attention, interface, tokamax
 from intellect3.kernels.platform import traced_platform
@@ -128,31 +127,3 @@ def test_a_packed_rows_keys_run_from_its_segments_start():
   real = arguments["q_segment_ids_BT"] != 0
   np.testing.assert_array_equal(runs[real], cases.visible(arguments)[real])
   np.testing.assert_array_equal(runs[~real].sum(-1), 1)
-
-
-def test_tokamax_reads_a_mask_of_starts_as_we_do():
-  """Its own plain implementation, which runs here, against float64."""
-  base = pytest.importorskip("tokamax._src.ops.attention.base")
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  arguments = cases.packed([[6, 9], [3, 1]], 16, 4, 2, 8)
-  starts_BT = tokamax.segment_starts(jnp.asarray(arguments["q_segment_ids_BT"]))
-  mask = base.Mask(k_start=starts_BT[:, None], is_causal=True)
-  floats = (jnp.asarray(arguments[name]) for name in cases.FLOATS)
-  out = np.array(base.DotProductAttention()(*floats, mask=mask, logits_scale=0.7))
-  out[arguments["q_segment_ids_BT"] == 0] = 0
-  np.testing.assert_allclose(out, cases.oracle(arguments, 0.7)[0], atol=2e-6)
-
-
-def test_what_tokamax_cannot_do_is_named():
-  arguments = cases.packed([[4, 1, 3]], 8, 2, 1, 4)
-  with pytest.raises(ValueError, match="dtype: tokamax expects bfloat16 or float16, got float32"):
-    tokamax.attend(**arguments, scale=1.0)
-  half = {
-    name: jnp.asarray(array, jnp.bfloat16) if name in cases.FLOATS else array
-    for name, array in arguments.items()
-  }
-  with pytest.raises(ValueError, match="expects a Hopper GPU or newer"):
-    tokamax.attend(**half, scale=1.0)
-  with pytest.raises(ValueError, match="the same arrays as ids of queries and keys"):
-    tokamax.attend(**{**half, "kv_positions_BS": half["q_positions_BT"] + 1}, scale=1.0)

@@ -58,15 +58,19 @@ def attend(
   kv_segment_ids_BS: jax.Array,
   scale: float,
   plan: Plan,
+  pieces: int = 1,
 ) -> jax.Array:
   """`kernels.attention.attention` in blocks; any lengths, no multiples needed.
+
+  Queries in equal pieces from several places of their rows are cut so that no block lies in two, if
+  a piece is a multiple of 8: such a block would visit all keys between.
 
   The result and its log-sum-exp carry the checkpoint names `attention_out` and `attention_lse`: a
   remat policy that saves both spares the forward loop in the backward pass.
   """
   batch, length, _, width = q_BTNH.shape
   keys, kv_heads = k_BSKH.shape[1:3]
-  q_block = blocks.block_size(length, plan.q_block)
+  q_block = blocks.block_size(length // pieces, plan.q_block)
   kv_block = blocks.block_size(keys, plan.kv_block)
   layout = blocks.Layout(plan.serial, batch, kv_heads)
   q_ids = tuple(x.astype(jnp.int32) for x in (q_segment_ids_BT, q_positions_BT))

@@ -26,6 +26,7 @@ def attention(
   kv_segment_ids_BS: jax.Array,
   scale: float,
   implementation: str = "plain",
+  q_starts: jax.Array | None = None,
 ) -> jax.Array:
   """Softmax attention; a query sees the keys of its own segment at positions up to its own.
 
@@ -43,6 +44,8 @@ def attention(
     implementation: `plain` holds all scores [B, N, T, S] in float32; `blockwise` a block of them,
       and skips what a packed row's blocks cannot see; `tokamax` runs kernels for NVIDIA GPUs, on
       packed rows of 16-bit floats only; `auto` is what `resolve` says of the platform traced for.
+    q_starts: integer [P], where the queries are only pieces of the rows that the keys are: P equal,
+      contiguous ones, beginning at these tokens. It changes no result, only how work is cut.
 
   Returns:
     [B, T, N, H] in the dtype of the values. Reverse-mode differentiable in q, k and v.
@@ -67,13 +70,17 @@ def attention(
     "q_segment_ids_BT": q_segment_ids_BT,
     "kv_segment_ids_BS": kv_segment_ids_BS,
   }
+  pieces = 1 if q_starts is None else q_starts.shape[0]
+  if queries % pieces:
+    raise ValueError(f"q_starts: expected pieces that divide {queries} queries, got {pieces}")
   if name == "blockwise":
     mesh = jax.sharding.get_abstract_mesh()
     sharded = not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
     plan = blockwise.plan(platform, heads // kv_heads, sharded=sharded)
-    return blockwise.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale, plan=plan)
-  attend = tokamax.attend if name == "tokamax" else plain.attend
-  return attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale)
+    return blockwise.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale, plan=plan, pieces=pieces)
+  if name == "tokamax":
+    return tokamax.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale, q_starts=q_starts)
+  return plain.attend(q_BTNH, k_BSKH, v_BSKH, **ids, scale=scale)
 
 
 def resolve(name: str, platform: str, dtype: str = "bfloat16") -> str:
