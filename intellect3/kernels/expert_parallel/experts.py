@@ -182,6 +182,12 @@ def _run(
   )
 
 
+def _loop(setting: Setting, routing: Routing, run_round: Any, start: Any) -> Any:
+  # XLA does not know how often this loop turns; its name says how often at least.
+  with jax.named_scope(f"nominal_rounds_{setting.nominal}"):
+    return jax.lax.fori_loop(0, routing.total, run_round, start)
+
+
 def _mlp_fwd(setting: Setting, *arrays: jax.Array) -> tuple[Any, Any]:
   x_TD, *stacks, experts_TA, weights_TA = arrays
   routing = _route(setting, experts_TA, stacks[0].shape[0])
@@ -195,7 +201,7 @@ def _mlp_fwd(setting: Setting, *arrays: jax.Array) -> tuple[Any, Any]:
     return _add_rows(out_TD, back(y_MD), turn)
 
   zeros_TD = jnp.zeros(x_TD.shape, jnp.float32)
-  out_TD = jax.lax.fori_loop(0, routing.total, run_round, zeros_TD).astype(x_TD.dtype)
+  out_TD = _loop(setting, routing, run_round, zeros_TD).astype(x_TD.dtype)
   return (out_TD, routing.total - setting.nominal), (arrays, routing)
 
 
@@ -232,7 +238,7 @@ def _mlp_bwd(setting: Setting, saved: Any, cotangents: Any) -> tuple[Any, ...]:
 
   zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
   start = (zeros(x_TD.shape), zeros(weights_TA.shape), tuple(zeros(s.shape) for s in stacks))
-  dx_TD, dweights_TA, dstacks = jax.lax.fori_loop(0, routing.total, run_round, start)
+  dx_TD, dweights_TA, dstacks = _loop(setting, routing, run_round, start)
   return (
     dx_TD.astype(x_TD.dtype),
     *(d.astype(stack.dtype) for d, stack in zip(dstacks, stacks, strict=True)),
