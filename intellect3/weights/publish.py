@@ -146,7 +146,7 @@ def _write_manifest(
   manifest = manifests.WeightsManifest(
     version=version,
     files=[manifests.WeightsFile(file=name, bytes=sizes[name]) for name in sorted(sizes)],
-    fingerprints=dict(written.fingerprints),
+    fingerprints={name: written.fingerprints[name] for name in written.dtypes},
     dtype=Counter(written.dtypes.values()).most_common(1)[0][0],
     canary_ids=[int(token) for token in ids],
     canary_logprobs=[float(logprob) for logprob in logprobs],

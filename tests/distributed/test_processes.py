@@ -1,0 +1,118 @@
+"""Two real processes: they agree, write one model together, and end when one of them does."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import together
+
+from intellect3.distributed import cluster, watchdog
+from intellect3.models import hf
+from intellect3.rl import checks
+from intellect3.sharding.mesh import make_mesh
+from intellect3.sharding.rules import TRAIN_FSDP
+from intellect3.training import checkpoint, layout
+from intellect3.weights import manifest, publish
+
+
+def start(what, directory, **environment):
+  (port,) = checks.free_ports("127.0.0.1", 1)
+  here = pathlib.Path(__file__)
+  command = [sys.executable, str(here.with_name("together.py")), what, str(directory)]
+  started = []
+  for index in range(2):
+    own = cluster.variables(f"127.0.0.1:{port}", 2, index)
+    path = {"PYTHONPATH": str(here.parents[2])}
+    with (directory / f"{index}.log").open("w") as log:
+      started.append(
+        subprocess.Popen(
+          command,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          env={**os.environ, **own, **path, **environment},
+        )
+      )
+  return started
+
+
+def logs(directory):
+  return [(directory / f"{index}.log").read_text() for index in range(2)]
+
+
+@pytest.fixture
+def ending():
+  """Processes that a test leaves behind are killed."""
+  started = []
+  yield started.extend
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+def test_two_write_what_one_would_and_read_what_one_wrote(tmp_path, ending):
+  params = together.alone(tmp_path)
+  started = start("all", tmp_path)
+  ending(started)
+  codes = [process.wait(100) for process in started]
+  assert codes == [0, 0], "\n".join(text[-2000:] for text in logs(tmp_path))
+
+  # Published: the files that one process publishes, and a manifest that tells them all.
+  publish.publish(
+    tmp_path / "one",
+    1,
+    together.CONFIG,
+    params,
+    canary_ids=[1, 2],
+    canary_logprobs=[0.0, -1.0],
+    keep=1,
+    shard_bytes=together.SHARD_BYTES,
+  )
+  assert manifest.verify(tmp_path / "weights" / "v_000001") == []
+  assert manifest.read(tmp_path / "weights", 1) == manifest.read(tmp_path / "one", 1)
+  hf.save(tmp_path / "saved", together.CONFIG, params, shard_bytes=together.SHARD_BYTES)
+  for ours, theirs in (("weights/v_000001", "one/v_000001"), ("model", "saved")):
+    files = sorted(path.name for path in (tmp_path / theirs).iterdir())
+    assert sorted(path.name for path in (tmp_path / ours).iterdir()) == files and len(files) > 8
+    for name in files:
+      assert (tmp_path / ours / name).read_bytes() == (tmp_path / theirs / name).read_bytes(), name
+
+  # The checkpoint of two processes, on one.
+  mesh = make_mesh(devices=jax.devices()[:1])
+  shardings = layout.state_shardings(together.CONFIG, together.MADE, mesh, TRAIN_FSDP)
+  state = layout.make_state(together.CONFIG, together.MADE, shardings, seed=9)
+  position = together.Position()
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as checkpoints, warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # another machine: that is the point
+    restored = checkpoints.restore(state, position)
+  assert position.state == {"next_step": 8} and restored.meta == {"note": "two"}
+  jax.tree.map(np.testing.assert_array_equal, restored.state.params, params)
+
+
+def test_a_process_that_is_killed_ends_the_other_by_its_heartbeat(tmp_path, ending):
+  started = start("hang", tmp_path, STALL="100", INTELLECT3_HEARTBEAT_SECONDS="4")
+  ending(started)
+  deadline = time.monotonic() + 60
+  while not (tmp_path / "ready_0").exists() or not (tmp_path / "ready_1").exists():
+    assert time.monotonic() < deadline and started[0].poll() is None, logs(tmp_path)[0][-2000:]
+    time.sleep(0.05)
+  started[1].send_signal(signal.SIGKILL)
+  assert started[0].wait(20) != 0
+  said = logs(tmp_path)[0]
+  assert "task:1" in said or "process 0 of 2 failed" in said, said[-2000:]
+
+
+def test_a_collective_that_one_never_enters_ends_with_stacks(tmp_path, ending):
+  started = start("hang", tmp_path, STALL="3")
+  ending(started)
+  assert started[0].wait(60) == watchdog.EXIT_STALLED
+  said = logs(tmp_path)[0]
+  last = said.strip().splitlines()[-1]
+  assert "error: trainer, process 0 of 2: step 2: no progress in the train step for" in last
+  assert "in hang" in said and "Current thread" in said
