@@ -127,13 +127,15 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
   )
 
 
-def _options(given: list[str]) -> dict[str, str]:
-  options = {}
+def _options(given: list[str]) -> dict[str, Any]:
+  """`NAME=VALUE`, where a number, true and false are what XLA takes them for."""
+  options: dict[str, Any] = {}
   for one in given:
     name, separator, value = one.partition("=")
     if not separator or not name:
       raise ValueError(f"--xla: expected NAME=VALUE, got {one!r}")
-    options[name] = value
+    typed = value.lstrip("-").isdigit() or value in ("true", "false")
+    options[name] = json.loads(value) if typed else value
   return options
 
 

@@ -78,8 +78,8 @@ def advice(found: Situation) -> list[str]:
   hidden = sum(event.in_unknown_loop for event in found.line.events)
   if hidden:
     lines.append(
-      f"{hidden} collectives stand in loops whose trip count the data decides: one round of each "
-      "is counted"
+      f"{hidden} collectives stand in loops whose trip count the data decides: one turn of each is "
+      "counted"
     )
   if found.travelling:
     lines.append("cast parameters to the computation's dtype before they are gathered")

@@ -7,7 +7,7 @@ Place in the ring: beside it; text in, values out. What a program moves (`collec
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 _BITS = {
@@ -32,6 +32,7 @@ _CALLED = re.compile(
   r"branch_computations)=(?:%(?P<one>[\w.\-]+)|\{(?P<many>[^}]*)\})"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_NOMINAL = re.compile(r'"nominal_trip_count":\{"n":"(\d+)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TABLE_ROW = re.compile(r"^(?P<id>\d+) (?P<row>.*)$")
@@ -90,9 +91,15 @@ class Instruction(NamedTuple):
 
   @property
   def trip_count(self) -> int | None:
-    """How often a `while` runs; None where XLA does not know."""
+    """How often a `while` runs; None where the data decides it."""
     found = _TRIPS.search(self.attributes)
     return int(found[1]) if found else None
+
+  @property
+  def nominal_trip_count(self) -> int | None:
+    """How often a `while` runs as far as is known, or was told by `with_nominal`."""
+    found = _NOMINAL.search(self.attributes)
+    return int(found[1]) if found else self.trip_count
 
   @property
   def op_name(self) -> str:
@@ -140,7 +147,7 @@ class Module(NamedTuple):
   def walk(self) -> Iterator[tuple[Computation, int]]:
     """Every computation that runs by itself, with how often: the entry, loop bodies, branches.
 
-    A `while` without a known trip count counts once; `unknown_loops` names those.
+    A `while` without a known or nominal trip count counts once; `unknown_loops` names those.
     """
     yield from self._walk(self.entry, 1)
 
@@ -157,7 +164,7 @@ class Module(NamedTuple):
       instruction.op_name or instruction.name
       for computation, _ in self.walk()
       for instruction in computation.instructions
-      if instruction.opcode == "while" and instruction.trip_count is None
+      if instruction.opcode == "while" and instruction.nominal_trip_count is None
     )
 
   def source(self, instruction: Instruction, inside: str) -> str:
@@ -178,13 +185,38 @@ class Module(NamedTuple):
 def runs(instruction: Instruction) -> tuple[tuple[str, int], ...]:
   """The computations that an instruction runs by themselves, with how often."""
   if instruction.opcode == "while":
-    return tuple((body, instruction.trip_count or 1) for body in instruction.called("body"))
+    trips = instruction.nominal_trip_count
+    return tuple((body, 1 if trips is None else trips) for body in instruction.called("body"))
   if instruction.opcode == "conditional":
     roles = ("true_computation", "false_computation", "branch_computations")
     return tuple((branch, 1) for branch in instruction.called(*roles))
   if instruction.opcode == "call":
     return tuple((called, 1) for called in instruction.called("to_apply", "called_computations"))
   return ()
+
+
+def with_nominal(module: Module, trips: Callable[[Instruction], int | None]) -> Module:
+  """The module with what is expected of loops whose trip count the data decides.
+
+  Args:
+    module: a program.
+    trips: of a `while` without a count; None leaves it unknown.
+  """
+
+  def told(instruction: Instruction) -> Instruction:
+    if instruction.opcode != "while" or instruction.trip_count is not None:
+      return instruction
+    count = trips(instruction)
+    if count is None:
+      return instruction
+    more = f', "nominal_trip_count":{{"n":"{count}"}}'
+    return instruction._replace(attributes=instruction.attributes + more)
+
+  computations = {}
+  for name, computation in module.computations.items():
+    made = tuple(told(one) for one in computation.instructions)
+    computations[name] = Computation(name, made, {one.name: one for one in made})
+  return module._replace(computations=computations)
 
 
 def parse(text: str) -> Module:

@@ -7,6 +7,7 @@ Place in the ring: beside it; `tools.plan_run` prints it.
 
 import dataclasses
 import pathlib
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from intellect3.models import transformer
+from intellect3.models.config import ModelConfig
 from intellect3.planning import advice, memory, programs, schedule, travel
 from intellect3.planning import hlo as texts
 from intellect3.planning.hardware import Hardware
@@ -42,7 +44,7 @@ def plan(
   margin: float = MARGIN,
   say: Callable[[str], None] = lambda line: None,
   hlo: pathlib.Path | None = None,
-  options: Mapping[str, str] | None = None,
+  options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Compiles a job's programs and reports on them.
 
@@ -114,8 +116,8 @@ def report(
   job: Job, program: Program, compiled: Any, hardware: Hardware, *, margin: float = MARGIN
 ) -> dict[str, Any]:
   """What one compiled program takes; see `plan`."""
-  module = texts.parse(compiled.as_text())
   mesh, config = program.mesh, program.config
+  module = texts.with_nominal(texts.parse(compiled.as_text()), _rounds)
   held = memory.measure(program, compiled, module)
   if job.reference is not None and program.name == "rl_step":
     reference = reference_bytes(job, mesh)
@@ -128,10 +130,16 @@ def report(
   hidden = max(0.0, hardware_flops(job, program) / mesh.size - line.matrix_flops)
   rate = hardware.matrix_rate.get(_XLA_DTYPE[config.dtype], hardware.matrix_rate["f32"])
   kernel_seconds = hidden / (rate * hardware.kernel_share)
-  seconds = line.seconds + kernel_seconds
+  # Where custom kernels do this, it stands where they do; what loops hide is added at the end.
+  shares = kernel_shares(job, config, line)
+  in_kernels = {part: kernel_seconds * share for part, share in shares.items()}
+  if in_kernels:
+    line = schedule.timeline(module, hardware, dict(mesh.shape), nodes, kernel_seconds=in_kernels)
+  after = 0.0 if in_kernels else kernel_seconds
+  seconds = line.seconds + after
   parts = {
     "matrix": line.matrix_seconds,
-    "kernels": kernel_seconds,
+    "kernels": line.kernel_seconds + after,
     "memory": line.memory_seconds,
     "launch": line.launch_seconds,
     "communication": line.exposed_seconds,
@@ -161,11 +169,36 @@ def report(
     "exposed_share": line.exposed_seconds / seconds,
     "exposed_aim": advice.AIM,
     "kernels": {"started": line.kernels, "custom": line.custom},
+    "nominal_rounds": max(
+      (_rounds(loop) or 0 for part, _ in module.walk() for loop in part.instructions), default=0
+    ),
     "unknown_loops": list(module.unknown_loops()),
     "biggest_buffers": [buffer._asdict() for buffer in buffers],
     "faults": advice.faults(found),
     "advice": advice.advice(found),
   }
+
+
+_ROUNDS = re.compile(r"nominal_rounds_(\d+)\)*/while$")
+"""Ends the op name of a loop over rounds of the experts' exchange (`kernels.expert_parallel`)."""
+
+
+def _rounds(loop: texts.Instruction) -> int | None:
+  """Rounds of an exchange at an even load."""
+  found = _ROUNDS.search(loop.op_name)
+  return int(found[1]) if found else None
+
+
+def kernel_shares(job: Job, config: ModelConfig, line: schedule.Timeline) -> dict[str, float]:
+  """How the arithmetic that XLA does not see is shared by the parts that have custom kernels."""
+  pairs = config.num_heads * config.head_dim * job.attended_pairs
+  experts = config.num_experts_per_token * 3 * config.embed_dim * config.expert_mlp_dim
+  work = {
+    "attention": 12.0 * config.num_layers * pairs,
+    "experts": 6.0 * config.num_moe_layers * experts * job.tokens,
+  }
+  there = {part: work[part] for part in line.custom_bytes if work[part]}
+  return {part: flops / sum(there.values()) for part, flops in there.items()}
 
 
 _XLA_DTYPE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}

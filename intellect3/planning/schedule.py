@@ -68,10 +68,13 @@ class Timeline:
     memory_bytes: read and written.
     memory_seconds: bound by memory.
     launch_seconds: of starting kernels.
+    kernel_seconds: of custom kernels beyond their memory traffic, as `timeline` was told.
     kernels: instructions that start one.
     custom: how often each custom call runs.
+    custom_bytes: read and written by custom kernels, by part of the model (`PARTS`).
     events: the collectives, in the order of the schedule.
     copies: those between device and host.
+    slowness: seconds a byte of custom kernels, by part of the model.
   """
 
   seconds: float = 0.0
@@ -80,10 +83,13 @@ class Timeline:
   memory_bytes: float = 0.0
   memory_seconds: float = 0.0
   launch_seconds: float = 0.0
+  kernel_seconds: float = 0.0
   kernels: int = 0
   custom: dict[str, int] = dataclasses.field(default_factory=dict)
+  custom_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
   events: list[Event] = dataclasses.field(default_factory=list)
   copies: list[Copied] = dataclasses.field(default_factory=list)
+  slowness: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def exposed_seconds(self) -> float:
@@ -103,8 +109,19 @@ class Timeline:
       self.copies.append(event)
 
 
+PARTS = ("attention", "experts")
+"""Parts of the model whose custom kernels are told apart, by the traced function's path."""
+
+_KERNELS = ("mosaic", "triton", "tpu_custom_call")
+
+
 def timeline(
-  module: Module, hardware: Hardware, axes: Mapping[str, int], nodes: Sequence[int]
+  module: Module,
+  hardware: Hardware,
+  axes: Mapping[str, int],
+  nodes: Sequence[int],
+  *,
+  kernel_seconds: Mapping[str, float] | None = None,
 ) -> Timeline:
   """Runs the schedule in thought.
 
@@ -113,8 +130,16 @@ def timeline(
     hardware: the device.
     axes: sizes of the mesh axes, outermost first.
     nodes: the node of each device, by its place in the mesh.
+    kernel_seconds: of a step's custom kernels, by part of the model; they are shared out by the
+      bytes that each reads and writes. None: kernels take the time of their memory traffic.
   """
   line = Timeline()
+  line.seconds = _run(module, module.entry, 1, False, line, hardware, axes, nodes)
+  if not kernel_seconds:
+    return line
+  moved = line.custom_bytes
+  slow = {part: kernel_seconds.get(part, 0.0) / size for part, size in moved.items() if size}
+  line = Timeline(slowness=slow)
   line.seconds = _run(module, module.entry, 1, False, line, hardware, axes, nodes)
   return line
 
@@ -143,7 +168,7 @@ def _run(
   for instruction in computation.instructions:
     parts = runs(instruction)
     if parts:
-      loop = instruction.opcode == "while" and instruction.trip_count is None
+      loop = instruction.opcode == "while" and instruction.nominal_trip_count is None
       took = [
         trips * _run(module, body, times * trips, unknown or loop, line, hardware, axes, nodes)
         for body, trips in parts
@@ -220,11 +245,17 @@ def _kernel(
     line.memory_seconds += times * by_memory
   line.launch_seconds += times * hardware.launch
   line.kernels += times
-  if opcode == "custom-call":
+  by_kernel = 0.0
+  if opcode.removesuffix("-start") == "custom-call":
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     key = target[1] if target else instruction.name
     line.custom[key] = line.custom.get(key, 0) + times
-  return hardware.launch + max(by_matrix, by_memory)
+    part = next((part for part in PARTS if f"/{part}/" in instruction.op_name), None)
+    if part is not None and any(kind in key for kind in _KERNELS):
+      line.custom_bytes[part] = line.custom_bytes.get(part, 0.0) + times * moved
+      by_kernel = max(0.0, line.slowness.get(part, 0.0) * moved - by_memory)
+      line.kernel_seconds += times * by_kernel
+  return hardware.launch + max(by_matrix, by_memory) + by_kernel
 
 
 def matrix_flops(

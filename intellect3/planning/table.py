@@ -97,11 +97,14 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
     lines += _indent(_columns(header, rows))
   if one["host_copies"]:
     lines += _indent(host_lines(one["host_copies"]))
+  if one["nominal_rounds"]:
+    lines.append(
+      f"  tokens travel to their experts in {one['nominal_rounds']} rounds, those of an even load"
+    )
   if one["unknown_loops"]:
     lines.append(
       f"  {len(one['unknown_loops'])} loops have a trip count that XLA does not know; what is in "
-      "them counts once (+: of the experts' exchange, one round), and their arithmetic is taken "
-      "from the analytic count"
+      "them counts once (+), and their arithmetic is taken from the analytic count"
     )
   return lines
 
