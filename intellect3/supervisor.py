@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from intellect3.distributed import watchdog
+
 RESTART_SECONDS = 0.5
 """Before a child is started again for the first time; doubles."""
 
@@ -99,7 +101,7 @@ def supervise(
             continue
           # The death of one often breaks its peers: name the one that failed by itself.
           time.sleep(interval_seconds)
-          raise ChildFailed(_obituary(child, code))
+          raise ChildFailed(_obituary(*_first_cause(child, children, processes)))
         if all(processes[child.name].poll() == 0 for child in children if child.ends_run):
           return
         tick()
@@ -153,6 +155,28 @@ def _terminate_as_interrupt() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGTERM, previous)
+
+
+def _first_cause(
+  found: Child, children: Sequence[Child], processes: Mapping[str, subprocess.Popen[bytes]]
+) -> tuple[Child, int]:
+  """Of the children that may not fail and did, the one that the others most likely failed of.
+
+  Whoever was killed, or ended by its watchdog, was so by itself. A peer that loses it raises, and
+  jax's runtime aborts.
+  """
+
+  def rank(code: int) -> int:
+    if code == watchdog.EXIT_STALLED or (code < 0 and code != -signal.SIGABRT):
+      return 0
+    return 1 if code > 0 else 2
+
+  failed = [(found, processes[found.name].poll() or 0)]
+  for child in children:
+    code = processes[child.name].poll()
+    if child is not found and child.group is None and not child.restarts and code:
+      failed.append((child, code))
+  return min(failed, key=lambda each: rank(each[1]))
 
 
 def _obituary(child: Child, code: int) -> str:

@@ -77,6 +77,29 @@ def test_a_failure_names_child_reason_and_log_and_ends_the_others(tmp_path):
   assert gone_within(grandchild, 5.0)
 
 
+@pytest.mark.parametrize(
+  ("culprit", "said"),
+  [
+    ("os.kill(os.getpid(), signal.SIGKILL)", "trainer_1 was killed by SIGKILL"),
+    ("print('error: no progress', flush=True); os._exit(74)", "trainer_1 ended with exit code 74"),
+  ],
+)
+def test_of_those_that_die_together_the_one_that_did_so_by_itself_is_named(tmp_path, culprit, said):
+  marker = tmp_path / "gone"
+  wait = f"import os, pathlib, signal, time; m = pathlib.Path({str(marker)!r})"
+  loses = f"{wait}\nwhile not m.exists(): time.sleep(0.01)\n"
+  with pytest.raises(supervisor.ChildFailed, match=said):
+    supervisor.supervise(
+      [
+        child(tmp_path, "trainer", f"{loses}raise RuntimeError('a peer is gone')"),
+        child(tmp_path, "trainer_1", f"{wait}; time.sleep(0.5); m.touch(); {culprit}"),
+        child(tmp_path, "trainer_2", f"{loses}os.abort()"),
+      ],
+      tick=lambda: None,
+      interval_seconds=0.5,
+    )
+
+
 def test_a_server_that_ends_early_is_a_failure_even_with_code_0(tmp_path):
   with pytest.raises(supervisor.ChildFailed, match="server ended before the run did"):
     supervisor.supervise(

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -95,17 +96,39 @@ def test_two_write_what_one_would_and_read_what_one_wrote(tmp_path, ending):
   jax.tree.map(np.testing.assert_array_equal, restored.state.params, params)
 
 
-def test_a_process_that_is_killed_ends_the_other_by_its_heartbeat(tmp_path, ending):
-  started = start("hang", tmp_path, STALL="100", INTELLECT3_HEARTBEAT_SECONDS="4")
-  ending(started)
+def kill(started, directory, index):
+  """Waits until both are where they will stay, and kills one; gives the other."""
   deadline = time.monotonic() + 60
-  while not (tmp_path / "ready_0").exists() or not (tmp_path / "ready_1").exists():
-    assert time.monotonic() < deadline and started[0].poll() is None, logs(tmp_path)[0][-2000:]
+  while not all((directory / f"ready_{n}").exists() for n in range(2)):
+    assert time.monotonic() < deadline, logs(directory)
+    assert all(process.poll() is None for process in started), logs(directory)
     time.sleep(0.05)
-  started[1].send_signal(signal.SIGKILL)
-  assert started[0].wait(20) != 0
-  said = logs(tmp_path)[0]
-  assert "task:1" in said or "process 0 of 2 failed" in said, said[-2000:]
+  started[index].send_signal(signal.SIGKILL)
+  return started[1 - index]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_a_collective_ends_the_other(tmp_path, ending):
+  started = start("hang", tmp_path, STALL="100")
+  ending(started)
+  assert kill(started, tmp_path, 1).wait(20) == 1
+  assert "error: process 0 of 2 failed" in logs(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+  ("index", "said"),
+  [
+    (1, r"The following tasks are unhealthy \(stopped sending heartbeats\):\s*1\b"),
+    pytest.param(0, "Failed to send RPC to coordination service", marks=pytest.mark.slow),
+  ],
+)
+def test_one_that_is_killed_while_all_wait_ends_the_other_by_its_heartbeat(
+  tmp_path, ending, index, said
+):
+  started = start("idle", tmp_path, INTELLECT3_HEARTBEAT_SECONDS="2")
+  ending(started)
+  assert kill(started, tmp_path, index).wait(20) != 0
+  assert re.search(said, logs(tmp_path)[1 - index])
 
 
 def test_a_collective_that_one_never_enters_ends_with_stacks(tmp_path, ending):

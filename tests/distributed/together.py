@@ -139,12 +139,18 @@ def hang(here, directory):
     jax.block_until_ready(total(rows))
 
 
+def idle(here, directory):
+  """Both wait, not in a collective, for what never comes: a batch."""
+  (directory / f"ready_{here.index}").touch()
+  here.await_post("batch")
+
+
 def main():
   what, directory = sys.argv[1], pathlib.Path(sys.argv[2])
   with processes.started(cluster.detect(os.environ)):
     here = processes.here()
-    if what == "hang":
-      hang(here, directory)
+    if what in ("hang", "idle"):
+      {"hang": hang, "idle": idle}[what](here, directory)
     else:
       agree(here)
       write(here, directory)
