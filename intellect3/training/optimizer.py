@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from intellect3.training import adam, schedule
 from intellect3.training import muon as directions
-from intellect3.training import schedule
 from intellect3.training.schedule import Schedule
 
 Path = Sequence[Any]
@@ -54,6 +54,8 @@ def adamw(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   clip_norm: float | None = 1.0,
+  first_moment_dtype: str | None = None,
+  second_moment_dtype: str | None = None,
 ) -> Optimizer:
   """AdamW (Loshchilov and Hutter, arXiv 1711.05101) after clipping by the global norm.
 
@@ -65,6 +67,9 @@ def adamw(
     weight_decay: times the learning rate, on matrices, tables and routers only: not on norms and
       biases.
     clip_norm: largest global norm of the gradient; None does not clip.
+    first_moment_dtype: in which AdamW's first moment is kept, float32 or bfloat16; None keeps it as
+      the parameters.
+    second_moment_dtype: of the second moment; see `adam.scale_by_adam` for how it is rounded.
 
   Returns:
     The optimizer.
@@ -74,10 +79,16 @@ def adamw(
   """
   rate = _schedule("learning_rate", learning_rate)
   _check_adam(b1, b2, eps, weight_decay)
+  scaled = adam.scale_by_adam(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    first_moment_dtype=first_moment_dtype,
+    second_moment_dtype=second_moment_dtype,
+  )
   update = optax.partition(
     {
-      "decayed": optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-      "plain": optax.adam(rate, b1=b1, b2=b2, eps=eps),
+      **_adam(scaled, rate, weight_decay),
       "frozen": optax.set_to_zero(),
     },
     lambda params: _labels(params, {"vector": "plain", "frozen": "frozen"}, "decayed"),
@@ -99,6 +110,8 @@ def muon(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   clip_norm: float | None = 1.0,
+  first_moment_dtype: str | None = None,
+  second_moment_dtype: str | None = None,
 ) -> Optimizer:
   """Muon on the hidden matrices, AdamW on embedding, head, router, norms and biases.
 
@@ -123,6 +136,9 @@ def muon(
     eps: AdamW's.
     weight_decay: times the learning rate, on all but norms and biases.
     clip_norm: largest global norm of the gradient; None does not clip.
+    first_moment_dtype: in which AdamW's first moment is kept, float32 or bfloat16; None keeps it as
+      the parameters.
+    second_moment_dtype: of the second moment; see `adam.scale_by_adam` for how it is rounded.
 
   Returns:
     The optimizer.
@@ -144,6 +160,13 @@ def muon(
       raise ValueError(f"{field}: expected None or one of {directions.DTYPES}, got {dtype!r}")
   if not consistent_rms > 0.0:
     raise ValueError(f"consistent_rms: expected more than 0, got {consistent_rms}")
+  scaled = adam.scale_by_adam(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    first_moment_dtype=first_moment_dtype,
+    second_moment_dtype=second_moment_dtype,
+  )
   update = optax.partition(
     {
       "muon": optax.chain(
@@ -157,8 +180,7 @@ def muon(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
       ),
-      "decayed": optax.adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-      "plain": optax.adam(adam_rate, b1=b1, b2=b2, eps=eps),
+      **_adam(scaled, adam_rate, weight_decay),
       "frozen": optax.set_to_zero(),
     },
     lambda params: _labels(
@@ -191,6 +213,15 @@ def without_frozen(tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: jnp.zeros_like(leaf) if role(path) == "frozen" else leaf, tree
   )
+
+
+def _adam(
+  scaled: optax.GradientTransformation, rate: Schedule, weight_decay: float
+) -> dict[str, optax.GradientTransformation]:
+  """AdamW with and without its decay, by label."""
+  by_rate = optax.scale_by_learning_rate(rate)
+  decay = optax.add_decayed_weights(weight_decay)
+  return {"decayed": optax.chain(scaled, decay, by_rate), "plain": optax.chain(scaled, by_rate)}
 
 
 def _labels(params: Any, labels: dict[str, str], otherwise: str) -> Any:
