@@ -93,10 +93,11 @@ def _turn(setting: Setting, routing: Routing, k: jax.Array) -> _Turn:
   begins_R = plan.starts_E[::local]
   out = rounds.slots(turn.sent_SR[me], turn.sizes_SR[me], turn.firsts_SR[me], rows=setting.rows)
   places_M = jnp.where(out.used_M, begins_R[out.peer_M] + out.rank_M, 0)
-  # A pair is sent if its place among its destination's falls into the round's part.
+  # A pair is sent if its place among its destination's falls into the round's part. Those of nobody
+  # come after all parts of the last destination.
   peer_TA = jnp.sum(plan.rows_TA[..., None] >= begins_R, axis=2, dtype=jnp.int32) - 1
   place_TA = plan.rows_TA - (begins_R + turn.firsts_SR[me])[peer_TA]
-  sent_TA = plan.own_TA & (place_TA >= 0) & (place_TA < turn.sizes_SR[me][peer_TA])
+  sent_TA = (place_TA >= 0) & (place_TA < turn.sizes_SR[me][peer_TA])
   arrived = rounds.slots(
     turn.received_SR[:, me], turn.sizes_SR[:, me], turn.firsts_SR[:, me], rows=setting.rows
   )
