@@ -94,6 +94,14 @@ def run_here(capsys, without_jax):
     ({"worker.worker.wait_seconds": 0}, [], "worker.wait_seconds: expected a number > 0, got 0"),
     ({"trainer.trainer.weights_shard_bytes": 0}, [], "weights_shard_bytes: expected at least 1"),
     ({"trainer.trainer.weights_threads": 0}, [], "weights_threads: expected at least 1, got 0"),
+    ({"trainer.trainer.processes": 0}, [], "trainer.processes: expected an integer >= 1, got 0"),
+    ({"trainer.trainer.stall_seconds": 0}, [], "trainer.stall_seconds: expected a number > 0"),
+    ({"trainer.trainer.rules": (("embed",),)}, [], "trainer.rules: expected a table of sharding."),
+    (
+      {**PORTS, "trainer.trainer.processes": 2},
+      ["--role", "trainer"],
+      "trainer.processes: expected as many as are started (no variable of a launcher), got 2",
+    ),
     ({"trainer.trainer.router_bias_rate": -1}, [], "router_bias_rate: expected a number >= 0"),
     ({"rl.run.replay_routed_experts": 1}, [], "replay_routed_experts: expected a bool, got 1"),
     (
@@ -188,6 +196,14 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_started(
   assert message in error
   assert len(error.strip().splitlines()) == 1, error
   assert not out.exists()
+
+
+def test_bad_input_an_environment_that_contradicts_itself(model, tmp_path, run_here, monkeypatch):
+  monkeypatch.setenv("INTELLECT3_PROCESS_ID", "1")
+  settings = {"rl.run.model_path": str(model), **PORTS}
+  code, error = run_here(tmp_path / "run", settings, "--role", "trainer")
+  assert code == 2 and len(error.strip().splitlines()) == 1, error
+  assert "INTELLECT3_COORDINATOR: expected a value beside INTELLECT3_PROCESS_ID=1, got" in error
 
 
 @pytest.mark.parametrize("role", ["all", "worker"])
