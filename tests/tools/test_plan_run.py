@@ -27,7 +27,7 @@ KEYS = {
 NO_WEIGHTS = """from __gin__ import dynamic_registration
 include '{runs}/demo.gin'
 from intellect3.models import presets
-MODEL = @presets.tiny_qwen3()
+MODEL = @presets.{model}()
 rl.run.model_path = 'models/nowhere'
 trainer.trainer.model_options = {{'dtype': 'bfloat16'}}
 """
@@ -46,7 +46,15 @@ print(json.dumps({{"code": code, "text": out.getvalue(), "report": json.load(ope
 def run_file(tmp_path):
   """The demo, with a model that is on no disk."""
   file = tmp_path / "run.gin"
-  file.write_text(NO_WEIGHTS.format(runs=RUNS))
+  file.write_text(NO_WEIGHTS.format(runs=RUNS, model="tiny_qwen3"))
+  return str(file)
+
+
+@pytest.fixture
+def expert_file(tmp_path):
+  """The demo with experts."""
+  file = tmp_path / "experts.gin"
+  file.write_text(NO_WEIGHTS.format(runs=RUNS, model="tiny"))
   return str(file)
 
 
@@ -111,21 +119,37 @@ def test_what_cannot_be_planned_is_refused(bindings, message, capsys, monkeypatc
   assert told.startswith("error: ") and message in told
 
 
-def test_a_run_on_512_h200s_is_planned(run_file, tmp_path):
-  """64 nodes of 8: parameters inside the node, gradients summed across."""
+@pytest.mark.parametrize("exchange", ["ragged", "padded"])
+def test_a_run_on_512_h200s_is_planned(exchange, expert_file, tmp_path):
+  """64 nodes of 8: weights cast and gathered between nodes, tokens exchanged inside them in as many
+  rounds as an even load needs: 64 tokens a device, two experts each, 32 pairs at a time."""
   out = str(tmp_path / "plan.json")
+  model = {"dtype": "bfloat16", "expert_exchange": exchange, "expert_receive_rows": 32}
   sizes = {
-    "mesh": {"data": 64, "fsdp": 8},
+    "mesh": {"fsdp": 64, "expert": 8},
     "micro_rows": 512,
     "row_counts": (512, 1024),
+    "model_options": model,
   }
   bindings = [f"--set=trainer.trainer.{name}={value!r}" for name, value in sizes.items()]
-  arguments = ["--gin", run_file, "--json", out, "--programs", "rl_step", *bindings]
+  arguments = ["--gin", expert_file, "--json", out, "--programs", "rl_step", *bindings]
   report = deviceless.run(DEVICELESS.format(arguments=arguments, json=out))["report"]
   assert (report["devices"], report["rows"], report["fits"]) == (512, 512, True)
-  assert report["mesh"] == {"data": 64, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+  assert report["mesh"] == {"data": 1, "fsdp": 64, "expert": 8, "context": 1, "tensor": 1}
+  assert not any(row["partial"] for row in report["collectives"])
   links = {tuple(row["axes"]): row["link"] for row in report["collectives"]}
-  assert links[("fsdp",)] == "inner" and links[("data",)] == "outer"
+  assert links[("expert",)] == "inner" and links[("fsdp",)] == "outer"
+  assert report["programs"]["rl_step"]["nominal_rounds"] == 4
+  kind = "ragged-all-to-all" if exchange == "ragged" else "all-to-all"
+  sent = [row for row in report["collectives"] if row["kind"] == kind and row["axes"] == ["expert"]]
+  # Forward there and back; backward there twice and back once; rows of 64 in bfloat16.
+  rows = next(row for row in sent if row["dtype"] == "bf16")
+  assert rows["count"] == 4 * 5 and rows["bytes"] == 4 * 5 * 32 * 64 * 2
+  # No weight travels in float32, none along `expert`.
+  assert report["faults"] == []
+  gathered = [row for row in report["collectives"] if row["kind"] == "all-gather"]
+  assert {row["dtype"] for row in gathered if "fsdp" in row["axes"]} == {"bf16"}
+  assert {row["dtype"] for row in gathered if row["axes"] == ["expert"]} <= {"s32", "u32"}
 
 
 BUILD = """
