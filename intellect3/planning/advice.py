@@ -139,7 +139,7 @@ def _memory(found: Situation) -> list[str]:
 def _places(found: Situation) -> list[str]:
   """The knob of the file where the biggest buffers are written."""
   knobs = {
-    "expert_parallel": "receive_rows of the expert exchange",
+    "expert_parallel": f"expert_receive_rows (now {found.program.config.expert_receive_rows})",
     "losses/logprobs": f"head_chunk_size (now {found.job.head_chunk_size})",
     "kernels/attention": f"row_length (now {found.job.row_length}) or context",
     "training/muon": "optimizer.muon.newton_schulz_dtype 'bfloat16'",
