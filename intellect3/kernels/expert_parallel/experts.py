@@ -56,7 +56,7 @@ class Routing(NamedTuple):
 
 
 def _route(setting: Setting, experts_TA: jax.Array, local: int) -> Routing:
-  plan = dispatch.plan(experts_TA, num_experts=setting.devices * local, block_size=0)
+  plan = dispatch.plan(experts_TA, num_experts=setting.devices * local, block_size=1)
   counts_RE = plan.counts_E.reshape(setting.devices, local)
   counts_SRE = counts_RE[None]
   if setting.devices > 1:
