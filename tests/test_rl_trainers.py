@@ -1,4 +1,4 @@
-"""A trainer of several processes, without starting one: who is started, and what all of them tell."""
+"""A trainer of several processes, none of them started: who would be, and what all of them tell."""
 
 import numpy as np
 import pytest

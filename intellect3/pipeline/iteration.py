@@ -2,7 +2,7 @@
 
 Both sources of the pipeline (the RolloutLog and supervised examples) are a function of the step
 number. This module turns such a function into a Grain iterator whose whole state is the next step,
-which Orbax saves beside the model (`grain.checkpoint.CheckpointSave`).
+which is saved beside the model (`training.checkpoint`).
 """
 
 import threading

@@ -33,6 +33,7 @@ SETTINGS = {
   "trainer.trainer.checkpoint_every": 2,
   "trainer.trainer.weights_shard_bytes": 20_000,
   "schedule.constant.warmup_steps": 1,
+  "optimizer.adamw.eps": 1e-4,  # else Adam makes steps of the noise in gradients that are zero
 }
 
 
@@ -116,7 +117,7 @@ def start(out, model, settings, *, processes, devices, environment=None, resume=
   return started
 
 
-def finish(started, seconds=200):
+def finish(started, seconds=500):
   """Waits for all; gives their exit codes. Whoever is left then is killed."""
   deadline = time.monotonic() + seconds
   try:
