@@ -5,9 +5,9 @@
 
 Makes the state from random numbers and the rows from counting, on the devices of this process,
 compiles the step as the planner does, runs it, and prints one line of JSON. The cases are of the
-size of a CPU, in float32. A CPU's peak is the process's resident memory above what it was before the state
-was made (Linux); its step time is not predicted. A GPU's is what jax's allocator says. One process,
-one measurement: peaks do not go down.
+size of a CPU, in float32. A CPU's peak is the process's resident memory above what it was before
+the state was made (Linux); its step time is not predicted. A GPU's is what jax's allocator says.
+One process, one measurement: peaks do not go down.
 """
 
 import argparse
