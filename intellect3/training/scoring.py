@@ -156,19 +156,21 @@ def make_logprob_fn(
     division = shards.division(config)
 
     def logprobs(params: Any, _: Any, tokens: jax.Array) -> jax.Array:
-      length = tokens.shape[1]
+      positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
       return score(
         config,
         params,
         tokens,
-        jnp.arange(length, dtype=jnp.int32)[None],
-        jnp.ones((1, length), jnp.int32),
-        jnp.ones((1, length), jnp.float32),
+        positions,
+        (positions < len(ids)).astype(jnp.int32),
+        jnp.ones(tokens.shape, jnp.float32),
         head_chunk_size=head_chunk_size,
         parallel=division,
-      ).logprobs[0]
+      ).logprobs[0, : len(ids)]
 
-    tokens = jnp.asarray(ids, jnp.int32)[None]  # every device scores the same prompt
+    # Every device scores the same prompt, filled up to what a row can be divided into.
+    padding = -len(ids) % (2 * division.parts(division.length)) if division.length else 0
+    tokens = jnp.pad(jnp.asarray(ids, jnp.int32), (0, padding))[None]
     specs = lambda params, rows: PartitionSpec()  # noqa: E731
     return shards.run(logprobs, config, division, params, (), tokens, out_specs=specs)
 

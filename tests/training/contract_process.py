@@ -21,7 +21,7 @@ from intellect3.models import presets
 from intellect3.pipeline import placement
 from intellect3.sharding import rules
 from intellect3.sharding.mesh import make_mesh
-from intellect3.training import layout, optimizer, step
+from intellect3.training import layout, optimizer, scoring, step
 
 SIZES = dict(
   embed_dim=16,
@@ -60,6 +60,9 @@ def steps(config, mesh, table):
     state, told = compiled(state, placement.place(batch(seed), mesh))
     metrics.append(jax.device_get(told))
     if seed == 0:
+      score = scoring.make_logprob_fn(config, head_chunk_size=8)
+      canary = layout.compile_canary(score, mesh, table)(state.params, np.arange(5, dtype=np.int32))
+      metrics[0]["canary"] = np.asarray(canary)
       grads = {name: np.asarray(moment) / (1 - B1) for name, moment in first_moments(state)}
   return grads, metrics, jax.device_get(state.params)
 
