@@ -27,7 +27,7 @@ LENGTHS = [
   [6, 6, 36, 12, 30],  # at blocks' borders and across them, and padding
 ]
 LAYERS = 2
-CASES = (("plain", 2), ("blockwise", 1), ("blockwise", 2), ("blockwise", 4), ("blockwise", 8))
+CASES = (("plain", 2), ("blockwise", 1), ("blockwise", 4), ("blockwise", 8))
 
 
 def mesh_of(count):
@@ -119,7 +119,7 @@ def attention_errors():
   expected = alone(arguments, dout)
   names = ("out", *cases.FLOATS, "weights")
   found = {}
-  # Blocks that divide a piece (of 48 and 24 tokens) and that do not (12 and 6).
+  # Blocks that divide a piece (of 48 tokens) and that do not (12 and 6).
   blockwise.plan = lambda *_, **__: blockwise.Plan(q_block=8, kv_block=16, serial=True)
   for implementation, count in CASES:
     got = sharded_gradients(arguments, implementation, count, dout)

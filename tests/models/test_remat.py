@@ -147,6 +147,7 @@ def compiled(*policies):
   return deviceless.run(f"POLICIES = {policies!r}\n{COMPILE}")
 
 
+@pytest.mark.slow
 def test_a_layers_input_is_copied_to_the_host_and_back_beside_the_computation():
   found = compiled("offload")
   assert found["offload"]["host"] == found["input"]
