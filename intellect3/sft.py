@@ -212,11 +212,11 @@ def run(
       watching.enter("the export", steps)
       if not stopped:
         _export(run_dir / "model", config, state.params, model_path, write_tokenizer, processes)
+    summary = None
     if processes.is_first:
       summary = _summary(run_dir, int(state.step), stopped, time.monotonic() - began)
       (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    processes.barrier("summary")
-    return json.loads((run_dir / "summary.json").read_text())
+    return processes.broadcast("summary", summary)
 
   return start
 
