@@ -91,7 +91,7 @@ def _memory(found: Situation) -> list[str]:
   job, held, mesh = found.job, found.held, found.program.mesh
   config = found.program.config
   over = held.peak - found.usable
-  lines = [f"{over / GIB:.1f} GiB a device too much; any of the following frees so much:"]
+  lines = [f"{over / GIB:.1f} GiB a device too much; each of these frees what it says:"]
   shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
   rows = job.micro_rows // shards
   if rows > 1:
