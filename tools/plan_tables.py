@@ -142,7 +142,11 @@ def _name(report: Mapping[str, Any]) -> str:
 def _command(report: Mapping[str, Any]) -> str:
   parts = ["python -m tools.plan_run", *(f"--gin {file}" for file in report["gin"])]
   parts += [f"--target {report['target']}", f"--devices {report['devices']}"]
-  parts += [f"--rows {report['rows']}", *(f'--set "{binding}"' for binding in report["bindings"])]
+  parts += [
+    f"--rows {report['rows']}",
+    f"--programs {','.join(report['programs'])}",
+    *(f'--set "{binding}"' for binding in report["bindings"]),
+  ]
   parts += [f"--xla {name}={value}" for name, value in report["xla_options"].items()]
   return " ".join(parts)
 

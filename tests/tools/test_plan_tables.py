@@ -62,7 +62,7 @@ def test_a_plan_is_a_row_for_each_program():
   assert "|  | d2h copies |  | host | 1.0 | 0.25 | 0.00 |" in lines
   assert lines[-2] == (
     "python -m tools.plan_run --gin experiments/configs/runs/some.gin --target h200 --devices 16 "
-    '--rows 1024 --set "a.b=1"'
+    '--rows 1024 --programs rl_step,logprobs --set "a.b=1"'
   )
 
 
