@@ -18,8 +18,7 @@ from intellect3.distributed import cluster, watchdog
 from intellect3.models import hf
 from intellect3.rl import checks
 from intellect3.sharding.mesh import make_mesh
-from intellect3.sharding.rules import TRAIN_FSDP
-from intellect3.training import checkpoint, layout
+from intellect3.training import checkpoint
 from intellect3.weights import manifest, publish
 
 
@@ -58,12 +57,15 @@ def ending():
 
 
 def test_two_write_what_one_would_and_read_what_one_wrote(tmp_path, ending):
-  params = together.alone(tmp_path)
+  together.alone(tmp_path)
   started = start("all", tmp_path)
   ending(started)
   codes = [process.wait(100) for process in started]
   assert codes == [0, 0], "\n".join(text[-2000:] for text in logs(tmp_path))
 
+  mesh = make_mesh(devices=jax.devices()[:1])
+  expected = together.make_state(mesh, 0)
+  params = expected.params
   # Published: the files that one process publishes, and a manifest that tells them all.
   publish.publish(
     tmp_path / "one",
@@ -85,15 +87,13 @@ def test_two_write_what_one_would_and_read_what_one_wrote(tmp_path, ending):
       assert (tmp_path / ours / name).read_bytes() == (tmp_path / theirs / name).read_bytes(), name
 
   # The checkpoint of two processes, on one.
-  mesh = make_mesh(devices=jax.devices()[:1])
-  shardings = layout.state_shardings(together.CONFIG, together.MADE, mesh, TRAIN_FSDP)
-  state = layout.make_state(together.CONFIG, together.MADE, shardings, seed=9)
+  state = together.make_state(mesh, 9)
   position = together.Position()
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as checkpoints, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # another machine: that is the point
     restored = checkpoints.restore(state, position)
   assert position.state == {"next_step": 8} and restored.meta == {"note": "two"}
-  jax.tree.map(np.testing.assert_array_equal, restored.state.params, params)
+  jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
 
 
 def kill(started, directory, index):

@@ -10,10 +10,11 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from intellect3.distributed import arrays, cluster, processes, watchdog
-from intellect3.models import hf, presets, transformer
+from intellect3.models import hf, presets
 from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement
 from intellect3.sharding.mesh import make_mesh
@@ -26,6 +27,19 @@ CONFIG: ModelConfig = presets.tiny(
 )
 MADE = optimizer.adamw(learning_rate=0.1)
 SHARD_BYTES = 600
+
+
+def make_state(mesh, seed):
+  """A state whose moments are no zeros, so that a checkpoint has something to lose."""
+  shardings = layout.state_shardings(CONFIG, MADE, mesh, TRAIN_FSDP)
+  state = layout.make_state(CONFIG, MADE, shardings, seed=seed)
+
+  def fill(leaf):
+    numbers = jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape)
+    return (numbers * 0.37 + seed).astype(leaf.dtype)
+
+  filled = jax.jit(lambda tree: jax.tree.map(fill, tree), out_shardings=shardings.opt_state)
+  return state._replace(opt_state=filled(state.opt_state))
 
 
 class Position:
@@ -78,8 +92,7 @@ def write(here, directory):
   """The same state from both: published, exported and in a checkpoint."""
   mesh = make_mesh(fsdp=2)
   place(mesh)
-  shardings = layout.state_shardings(CONFIG, MADE, mesh, TRAIN_FSDP)
-  state = layout.make_state(CONFIG, MADE, shardings, seed=0)
+  state = make_state(mesh, 0)
   every = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
   own = gather.gather(
     CONFIG, state.params, mesh, dtype=None, shard_bytes=SHARD_BYTES, index=here.index, count=2
@@ -106,12 +119,11 @@ def write(here, directory):
 def read(here, directory):
   """What one process wrote, on the mesh of two."""
   mesh = make_mesh(expert=2)
-  shardings = layout.state_shardings(CONFIG, MADE, mesh, TRAIN_FSDP)
-  state, position = layout.make_state(CONFIG, MADE, shardings, seed=1), Position()
+  state, position = make_state(mesh, 1), Position()
   with checkpoint.Checkpointer(directory / "alone") as checkpoints:
     restored = checkpoints.restore(state, position)
   assert position.state == {"next_step": 5} and restored.meta == {"note": "one"}
-  config, params = hf.load(directory / "expected")
+  _, params = hf.load(directory / "expected")
   own = gather.gather(
     CONFIG, restored.state.params, mesh, dtype=None, shard_bytes=1, index=here.index, count=2
   )
@@ -120,7 +132,14 @@ def read(here, directory):
   assert held
   for name, tensor in held.items():
     np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
-  del config
+  jax.tree.map(same_shards, restored.state.opt_state, make_state(mesh, 3).opt_state)
+
+
+def same_shards(found, expected):
+  """What this process has of an array is what it has of another."""
+  for ours, theirs in zip(found.addressable_shards, expected.addressable_shards, strict=True):
+    assert ours.index == theirs.index
+    np.testing.assert_array_equal(ours.data, theirs.data)
 
 
 def hang(here, directory):
@@ -161,14 +180,11 @@ def main():
 def alone(directory):
   """What `read` expects: a checkpoint and a model written by one process."""
   mesh = make_mesh(devices=jax.devices()[:1])
-  shardings = layout.state_shardings(CONFIG, MADE, mesh, TRAIN_FSDP)
-  state = layout.make_state(CONFIG, MADE, shardings, seed=3)
-  position = Position()
+  state, position = make_state(mesh, 3), Position()
   position.set_state({"next_step": 5})
   with checkpoint.Checkpointer(directory / "alone") as checkpoints:
     checkpoints.save(state, position, {"note": "one"})
   hf.save(directory / "expected", CONFIG, state.params)
-  return transformer.init(CONFIG, jax.random.key(0))
 
 
 if __name__ == "__main__":
