@@ -117,7 +117,7 @@ def report(
 ) -> dict[str, Any]:
   """What one compiled program takes; see `plan`."""
   mesh, config = program.mesh, program.config
-  module = texts.with_nominal(texts.parse(compiled.as_text()), _rounds)
+  module = texts.with_nominal(texts.parse(compiled.as_text()), exchange_rounds)
   held = memory.measure(program, compiled, module)
   if job.reference is not None and program.name == "rl_step":
     reference = reference_bytes(job, mesh)
@@ -170,7 +170,8 @@ def report(
     "exposed_aim": advice.AIM,
     "kernels": {"started": line.kernels, "custom": line.custom},
     "nominal_rounds": max(
-      (_rounds(loop) or 0 for part, _ in module.walk() for loop in part.instructions), default=0
+      (exchange_rounds(loop) or 0 for part, _ in module.walk() for loop in part.instructions),
+      default=0,
     ),
     "unknown_loops": list(module.unknown_loops()),
     "biggest_buffers": [buffer._asdict() for buffer in buffers],
@@ -183,8 +184,8 @@ _ROUNDS = re.compile(r"nominal_rounds_(\d+)\)*/while$")
 """Ends the op name of a loop over rounds of the experts' exchange (`kernels.expert_parallel`)."""
 
 
-def _rounds(loop: texts.Instruction) -> int | None:
-  """Rounds of an exchange at an even load."""
+def exchange_rounds(loop: texts.Instruction) -> int | None:
+  """Rounds of an exchange at an even load, of the loop that runs them; None of any other."""
   found = _ROUNDS.search(loop.op_name)
   return int(found[1]) if found else None
 

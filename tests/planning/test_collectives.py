@@ -35,6 +35,10 @@ replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}, to_apply=%add
   %scattered = f32[2,4]{1,0} async-done(%scatter)
   %permute = f32[2,4]{1,0} collective-permute(%a), \
 source_target_pairs={{0,2},{2,0},{1,3},{3,1},{4,6},{6,4},{5,7},{7,5}}
+  %big = bf16[8,4]{1,0} parameter(3)
+  %n = s64[2]{0} parameter(4)
+  %ragged = bf16[2,4]{1,0} ragged-all-to-all(%big, %b, %n, %n, %n, %n), \
+replica_groups={{0,1},{2,3},{4,5},{6,7}}
   ROOT %odd = f32[2,4]{1,0} all-to-all(%a), replica_groups={{0,7},{1,6},{2,5},{3,4}}
 }
 """
@@ -57,6 +61,7 @@ def found():
     ("everyone", "all-reduce", ("data", "fsdp", "expert"), 128, 224),
     ("scatter", "reduce-scatter", ("data", "expert"), 128, 96),
     ("permute", "collective-permute", ("fsdp",), 32, 32),
+    ("ragged", "ragged-all-to-all", ("expert",), 16, 8),  # the smaller of the two buffers
     ("odd", "all-to-all", ("data", "fsdp", "expert"), 32, 16),
   ],
 )
@@ -69,7 +74,7 @@ def test_kind_axes_and_bytes(found, name, kind, axes, size, wire):
 
 def test_only_what_begins_is_counted(found):
   assert set(found) == {
-    *("gather", "gathers", "reduce", "everyone", "scatter", "permute", "odd"),
+    *("gather", "gathers", "reduce", "everyone", "scatter", "permute", "ragged", "odd"),
   }
   assert found["gathers"].start and found["scatter"].start and not found["gather"].start
   assert found["gathers"].dtype == "f32"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from intellect3.planning import hardware, hlo, schedule
+from intellect3.planning import hardware, hlo, plan, schedule
 
 # One byte, one operation a second: times are counts. No kernel has a launch, no collective a start.
 UNIT = hardware.Hardware(
@@ -163,3 +163,72 @@ def test_loops_multiply_and_unknown_ones_are_marked():
   assert [(event.times, event.in_unknown_loop) for event in line.events] == [(7, False), (1, True)]
   assert line.seconds == pytest.approx(8 * 16)
   assert line.exposed_seconds == pytest.approx(8 * 16)
+
+
+LOOPED = """HloModule m, is_scheduled=true
+
+%body (p: (f32[4])) -> (f32[4]) {
+  %p = (f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  %sent = f32[4]{0} all-to-all(%x), replica_groups={{0,1}}
+  ROOT %t = (f32[4]{0}) tuple(%sent)
+}
+
+%condition (q: (f32[4])) -> pred[] {
+  %q = (f32[4]{0}) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %start = (f32[4]{0}) tuple(%a)
+  %loop = (f32[4]{0}) while(%start), condition=%condition, body=%body, \
+metadata={op_name="jit(f)/moe/experts/nominal_rounds_3/while"}
+  ROOT %out = f32[4]{0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_a_loop_over_rounds_counts_as_often_as_it_is_told():
+  """16 bytes of which a half is sent: 8 s a round; unknown it counts once, and says so."""
+  module = hlo.parse(LOOPED)
+  (event,) = schedule.timeline(module, UNIT, AXES, NODES).events
+  assert (event.times, event.in_unknown_loop) == (1, True)
+  told = hlo.with_nominal(module, plan.exchange_rounds)
+  line = schedule.timeline(told, UNIT, AXES, NODES)
+  assert (line.events[0].times, line.events[0].in_unknown_loop) == (3, False)
+  assert line.seconds == pytest.approx(3 * 8)
+  assert told.unknown_loops() == () and module.unknown_loops() != ()
+
+
+@pytest.mark.parametrize(
+  ("name", "rounds"),
+  [
+    ("jit(f)/moe/experts/nominal_rounds_8/while", 8),
+    ("jit(f)/transpose(jvp(nominal_rounds_16))/while", 16),
+    ("jit(f)/nominal_rounds_8/while/body/while", None),  # one inside a round
+    ("jit(f)/while", None),
+  ],
+)
+def test_rounds_stand_in_the_name_of_their_loop(name, rounds):
+  text = LOOPED.replace("jit(f)/moe/experts/nominal_rounds_3/while", name)
+  loop = hlo.parse(text).computations["main"].by_name["loop"]
+  assert plan.exchange_rounds(loop) == rounds
+
+
+KERNEL = (
+  '  %k.N = f32[4]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", '
+  'metadata={op_name="jit(f)/moe/experts/run"}\n'
+)
+
+
+def test_custom_kernels_take_the_time_they_are_told_and_hide_collectives():
+  """Two kernels of 32 bytes share 100 s; a gather of 16 s starts before the first of them."""
+  text = HEAD + START + KERNEL.replace(".N", ".1") + DONE + KERNEL.replace(".N", ".2") + END
+  module = hlo.parse(text)
+  plain = schedule.timeline(module, UNIT, AXES, NODES)
+  assert plain.custom_bytes == {"experts": 64.0} and plain.kernel_seconds == 0.0
+  line = schedule.timeline(module, UNIT, AXES, NODES, kernel_seconds={"experts": 100.0})
+  assert line.seconds == pytest.approx(100 + 32)
+  assert line.kernel_seconds == pytest.approx(100 - 64)  # beyond their memory traffic
+  assert line.events[0].exposed_seconds == 0.0
