@@ -130,7 +130,7 @@ def search(
       tried.append(candidate.row | row | {"fits": False})
     else:
       hopeful.append((bound, candidate))
-  hopeful.sort(key=lambda pair: (round(pair[0].seconds, 3), pair[0].bytes))
+  hopeful = _by_promise(hopeful)
   say(f"{len(hopeful)} can fit; compiling {min(most, len(hopeful))}")
   best: dict[str, Any] | None = None
   for number, (bound, candidate) in enumerate(hopeful):
@@ -154,6 +154,21 @@ def search(
     given = "; ".join(dict.fromkeys(str(reason) for reason in reasons)) or "no micro_rows divides"
     raise ValueError(f"search: expected a layout of {len(devices)} devices that can fit: {given}")
   return best | {"ranking": sorted(tried, key=rank)}
+
+
+def _by_promise(
+  found: Sequence[tuple[bounds.Bound, Candidate]],
+) -> list[tuple[bounds.Bound, Candidate]]:
+  """By the coarse seconds, then bytes; each mesh once before any a second time."""
+  ordered = sorted(found, key=lambda pair: (round(pair[0].seconds, 3), pair[0].bytes))
+  seen: dict[tuple[int, ...], int] = {}
+  turns = []
+  for pair in ordered:
+    mesh = tuple(pair[1].row["mesh"].values())
+    seen[mesh] = seen.get(mesh, 0) + 1
+    turns.append(seen[mesh])
+  order = sorted(range(len(ordered)), key=lambda place: (turns[place], place))
+  return [ordered[place] for place in order]
 
 
 _KEYS = (

@@ -182,3 +182,13 @@ def test_a_ranking_shows_all_of_it(job, device, monkeypatch):
 
 def test_tables_are_those_of_the_run_files():
   assert {name: getattr(rules, name)() for name in search.TABLES} == search.TABLES
+
+
+def test_every_mesh_has_a_turn_before_any_has_two(job):
+  def one(fsdp, micro_rows, seconds):
+    changed = dataclasses.replace(job, mesh=sizes(fsdp=fsdp), micro_rows=micro_rows)
+    return bounds.Bound(1.0, seconds), search.Candidate(changed, "train_fsdp")
+
+  given = [one(4, 4, 2.0), one(4, 8, 1.0), one(2, 2, 3.0), one(1, 1, 2.5)]
+  order = [search._by_promise(given)[place][0].seconds for place in range(4)]
+  assert order == [1.0, 2.5, 3.0, 2.0]
