@@ -6,10 +6,14 @@
     programs     the functions that the composition roots jit, lowered
     hlo          a compiled program's text as records
     collectives  what it sends: kind, dtype, mesh axes, bytes, time
+    host_copies  what it moves between a device and its host
     memory       what it holds, and its biggest buffers
     schedule     how long its schedule takes, and what stands exposed
-    plan         all of it in one report, with faults and advice
-    search       the layouts that divide, ranked
+    travel       weights that travel in float32
+    advice       what is wrong, and which knob to turn
+    plan         all of it in one report
+    bounds       what a layout takes at the least, told without compiling
+    search       the layouts that divide and can fit, compiled and ranked
     table        a report as text
 
 `python -m tools.plan_run` is the command (docs/scaling.md).
