@@ -1,0 +1,75 @@
+"""Virtual time: jumps, order, and what never comes."""
+
+import asyncio
+
+import pytest
+
+from intellect3.simulation import clock
+
+
+def test_an_hour_passes_at_once_and_in_order():
+  seen = []
+
+  async def sleeper(name, seconds):
+    await asyncio.sleep(seconds)
+    seen.append((name, asyncio.get_running_loop().time()))
+
+  async def main():
+    await asyncio.gather(sleeper("b", 3600.0), sleeper("a", 0.25), sleeper("c", 3600.0))
+    return asyncio.get_running_loop().time()
+
+  assert clock.run(main()) == 3600.0
+  assert seen == [("a", 0.25), ("b", 3600.0), ("c", 3600.0)]
+
+
+def test_timeouts_are_of_virtual_time():
+  async def main():
+    with pytest.raises(TimeoutError):
+      await asyncio.wait_for(asyncio.Event().wait(), 7.5)
+    return asyncio.get_running_loop().time()
+
+  assert clock.run(main()) == 7.5
+
+
+def test_what_never_comes_is_named():
+  async def forgotten():
+    await asyncio.Event().wait()
+
+  async def main():
+    await asyncio.create_task(forgotten(), name="forgotten")
+
+  with pytest.raises(clock.Stuck, match=r"(?s)never comes.*forgotten at .*forgotten"):
+    clock.run(main())
+
+
+def test_the_horizon_bounds_what_goes_round_for_ever():
+  async def again():
+    await asyncio.sleep(10.0)
+    return asyncio.create_task(again())
+
+  async def main():
+    task = asyncio.create_task(again())
+    while task is not None:
+      task = await task
+
+  with pytest.raises(clock.Stuck, match="not done after 100 s"):
+    clock.run(main(), horizon=100.0)
+
+
+def test_threads_are_calls():
+  async def main():
+    return await asyncio.to_thread(sum, [1, 2, 3]), asyncio.get_running_loop().time()
+
+  assert clock.run(main()) == (6, 0.0)
+
+
+def test_an_exception_nobody_awaits_is_raised():
+  def callback():
+    raise RuntimeError("lost")
+
+  async def main():
+    asyncio.get_running_loop().call_later(1.0, callback)
+    await asyncio.sleep(2.0)
+
+  with pytest.raises(RuntimeError, match="lost"):
+    clock.run(main())
