@@ -16,7 +16,18 @@ LEVELS = (
   ("types", "losses", "sharding", "kernels", "telemetry", "compilation_cache", "distributed"),
   ("models", "rendering", "environments", "rollout_log"),
   ("inference", "rollouts", "pipeline", "training", "weights"),
-  ("rl", "sft", "lab", "evaluate", "planning", "simulation", "supervisor", "leash", "console", "summary"),
+  (
+    "rl",
+    "sft",
+    "lab",
+    "evaluate",
+    "planning",
+    "simulation",
+    "supervisor",
+    "leash",
+    "console",
+    "summary",
+  ),
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 

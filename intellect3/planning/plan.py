@@ -31,8 +31,9 @@ GIB = 2**30
 MARGIN = 0.08
 """Share of the card that a plan leaves free: the CUDA context, NCCL's buffers, fragmentation."""
 
-_RECOMPUTES = ("full", "dots", "dots_no_batch", "attention", "offload", "offload_attention")
-"""Remat policies under which the backward pass runs attention's or the experts' forward again."""
+_KEEPS_ATTENTION = ("attention", "offload_attention")
+_KEEPS_PRODUCTS = ("dots", "dots_no_batch")
+"""Remat policies whose backward pass does not run again all of a layer's forward pass."""
 
 
 def plan(
@@ -192,14 +193,21 @@ def exchange_rounds(loop: texts.Instruction) -> int | None:
 
 def kernel_shares(job: Job, config: ModelConfig, line: schedule.Timeline) -> dict[str, float]:
   """How the arithmetic that XLA does not see is shared by the parts that have custom kernels."""
-  pairs = config.num_heads * config.head_dim * job.attended_pairs
-  experts = config.num_experts_per_token * 3 * config.embed_dim * config.expert_mlp_dim
+  attention, experts = kernel_flops(job, config)
+  kept = config.remat_policy in ("none", *_KEEPS_ATTENTION)
   work = {
-    "attention": 12.0 * config.num_layers * pairs,
-    "experts": 6.0 * config.num_moe_layers * experts * job.tokens,
+    "attention": attention * (1 if kept else 4 / 3),
+    "experts": experts * (1 if config.remat_policy == "none" else 4 / 3),
   }
   there = {part: work[part] for part in line.custom_bytes if work[part]}
   return {part: flops / sum(there.values()) for part, flops in there.items()}
+
+
+def kernel_flops(job: Job, config: ModelConfig) -> tuple[float, float]:
+  """Useful arithmetic of a step in attention and in the routed experts."""
+  pairs = config.num_heads * config.head_dim * job.attended_pairs
+  experts = config.num_experts_per_token * 3 * config.embed_dim * config.expert_mlp_dim
+  return 12.0 * config.num_layers * pairs, 6.0 * config.num_moe_layers * experts * job.tokens
 
 
 _XLA_DTYPE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -219,11 +227,20 @@ def reference_bytes(job: Job, mesh: Mesh) -> int:
 
 
 def hardware_flops(job: Job, program: Program) -> float:
-  """What the devices compute in all, recomputation included: forward, again, and backward."""
-  step = analytic.train_flops(program.config, tokens=job.tokens, attended_pairs=job.attended_pairs)
+  """What the devices compute in all: forward, backward, and forward again as far as it is."""
+  config = program.config
+  step = analytic.train_flops(config, tokens=job.tokens, attended_pairs=job.attended_pairs)
   if program.name == "logprobs":
     return step / 3
-  return step * (4 / 3 if program.config.remat_policy in _RECOMPUTES else 1)
+  attention, experts = kernel_flops(job, config)
+  again = step
+  if config.remat_policy == "none":
+    again = 0.0
+  elif config.remat_policy in _KEEPS_ATTENTION:
+    again = step - attention
+  elif config.remat_policy in _KEEPS_PRODUCTS:
+    again = attention + experts
+  return step + again / 3
 
 
 def collective_rows(line: schedule.Timeline, nodes: Sequence[int]) -> list[dict[str, Any]]:

@@ -68,6 +68,27 @@ def test_state_and_arithmetic_are_counted(job, report):
   assert report["memory"]["peak_gib"] == report["peak_gib"] > report["memory"]["temporaries_gib"]
 
 
+@pytest.mark.parametrize(
+  ("policy", "of_weights", "of_attention"),
+  [
+    ("none", 0, 0),
+    ("full", 1, 1),
+    ("offload", 1, 1),
+    ("attention", 1, 0),
+    ("offload_attention", 1, 0),
+    ("dots", 0, 1),
+  ],
+)
+def test_what_is_not_kept_is_computed_again(job, compiled, policy, of_weights, of_attention):
+  """The forward pass is a third of forward and backward, and attention is a part of it."""
+  program = compiled[0]._replace(config=dataclasses.replace(job.model, remat_policy=policy))
+  weights = 6.0 * flops.active_matmul_params(job.model) * job.tokens
+  attention, experts = plan.kernel_flops(job, program.config)
+  assert attention > 0 and experts == 0
+  again = (of_weights * weights + of_attention * attention) / 3
+  assert plan.hardware_flops(job, program) == pytest.approx(weights + attention + again)
+
+
 def test_predicted_mfu_is_arithmetic_over_time_and_rate(report, device):
   best = report["flops_per_step"] / device.matrix_rate["bf16"]
   assert report["predicted_mfu"] == pytest.approx(best / report["predicted_step_seconds"])
