@@ -82,10 +82,8 @@ class Accounting:
 
   def check(self) -> None:
     """Raises AccountingError where the identity does not hold."""
-    counts = self.counts()
-    ended = sum(counts[outcome] for outcome in OUTCOMES)
-    if counts["dispatched"] != ended + counts["in_flight"]:
-      raise AccountingError(f"dispatched != ended + in_flight: {counts}")
+    if self._dispatched != self._ended.total() + len(self._open):
+      raise AccountingError(f"dispatched != ended + in_flight: {self.counts()}")
 
   def state(self) -> dict[str, Any]:
     """JSON-able state; rollouts in flight are not part of it (a restart cancels them)."""

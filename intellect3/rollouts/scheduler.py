@@ -13,6 +13,7 @@ comes late nevertheless is dropped or masked when its batch is planned.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,8 +123,11 @@ class Scheduler:
     self.version = -1
     self._next_group = 0
     self._groups: dict[int, _Group] = {}  # in dispatch order
-    self._completed: list[int] = []  # complete groups with something to train, as they completed
-    self._pool_updates: list[tuple[int, str, int, float]] = []
+    self._running = 0  # rollouts of all groups
+    self._completed: dict[int, None] = {}  # groups with something to train, as they completed
+    self._unchecked: dict[int, None] = {}  # of these, those not yet held against `_checked`
+    self._checked: int | None = None  # the oldest version that was allowed at the last look
+    self._pool_updates: dict[int, tuple[str, int, float]] = {}
     self._baselines: credit_lib.Baselines = {}
     self._rewards: dict[int, list[tuple[str, float]]] = {}  # group -> (agent, shaped reward)
     self._shaped: dict[int, float] = {}  # rollout -> reshaped reward, until it is told
@@ -143,8 +147,7 @@ class Scheduler:
     settings = self._settings
     if self.version < 0 or self.next_step > settings.steps:
       return False
-    running = sum(len(group.running) for group in self._groups.values())
-    if running + settings.rollouts_per_prompt > settings.max_rollouts_in_flight:
+    if self._running + settings.rollouts_per_prompt > settings.max_rollouts_in_flight:
       return False
     # The step in which, first in first out, a group dispatched now would be batched. It may lie
     # after the run's last one: then the group stands in for a straggler, or is cancelled.
@@ -158,6 +161,7 @@ class Scheduler:
     size = self._settings.rollouts_per_prompt
     ids = range(group_id * size, (group_id + 1) * size)
     self._groups[group_id] = _Group(group_id, environment, index, set(ids))
+    self._running += size
     for rollout_id in ids:
       self.accounting.dispatch(rollout_id)
     return [
@@ -182,6 +186,7 @@ class Scheduler:
     if group is None or summary.rollout_id not in group.running:
       return
     group.running.remove(summary.rollout_id)
+    self._running -= 1
     if summary.error is not None or summary.reward is None:
       self._end(summary.rollout_id, "errored", summary.error or "no reward")
     else:
@@ -191,16 +196,20 @@ class Scheduler:
   def lost(self, rollout_ids: Sequence[int], reason: str) -> None:
     """Rollouts whose worker or server is gone, running or finished: errored."""
     size = self._settings.rollouts_per_prompt
+    touched: dict[int, _Group] = {}
     for rollout_id in rollout_ids:
       group = self._groups.get(rollout_id // size)
       if group is None or not self.accounting.is_open(rollout_id):
         continue
+      self._running -= rollout_id in group.running
       group.running.discard(rollout_id)
       group.summaries.pop(rollout_id, None)
       self._end(rollout_id, "errored", reason)
-      if group.group_id in self._completed:  # scored before the loss: score what is left again
-        self._completed.remove(group.group_id)
-        self._pool_updates = [u for u in self._pool_updates if u[0] != group.group_id]
+      touched[group.group_id] = group
+    for group_id, group in touched.items():
+      if group_id in self._completed:  # scored before the loss: score what is left again
+        del self._completed[group_id]
+        self._pool_updates.pop(group_id, None)
       group.result = None
       self._maybe_complete(group)
 
@@ -225,14 +234,14 @@ class Scheduler:
         for s in summaries
       ]
     if group.result.mean_reward is not None:
-      self._pool_updates.append(
-        (group.group_id, group.environment, group.index, group.result.mean_reward)
-      )
+      update = (group.environment, group.index, group.result.mean_reward)
+      self._pool_updates[group.group_id] = update
     for rollout_id, reason in group.result.filtered.items():
       if self.accounting.is_open(rollout_id):
         self._end(rollout_id, "filtered", reason)
     if self._trainable(group):
-      self._completed.append(group.group_id)
+      self._completed[group.group_id] = None
+      self._unchecked[group.group_id] = None
     else:
       del self._groups[group.group_id]
 
@@ -247,7 +256,7 @@ class Scheduler:
       return None
     oldest = self.next_step - 1 - self._settings.max_off_policy_steps
     self._drop_stale(oldest)
-    chosen = self._batchable()[: self._settings.prompts_per_step]
+    chosen = self._batchable(self._settings.prompts_per_step)
     if len(chosen) < self._settings.prompts_per_step:
       return None
     advantages: dict[int, float] = {}
@@ -260,18 +269,24 @@ class Scheduler:
         summaries.append(group.summaries[rollout_id])
     return BatchPlan(self.next_step, oldest, advantages, tuple(chosen), tuple(summaries))
 
-  def _batchable(self) -> list[int]:
+  def _batchable(self, most: int) -> list[int]:
+    """The `most` groups that come next, or fewer where there are not so many."""
+    if len(self._completed) < most:
+      return []
     if self._settings.batch_order == "completion":
-      return list(self._completed)
+      return list(itertools.islice(self._completed, most))
     ready = []
     for group_id, group in self._groups.items():  # dispatch order; wait for the oldest
-      if group.running:
+      if group.running or len(ready) == most:
         break
       ready.append(group_id)
     return ready
 
   def _drop_stale(self, oldest: int) -> None:
-    for group_id in list(self._completed):
+    """Ends what is too old; looks only at what may have become so since the last call."""
+    looked_at = self._unchecked if oldest == self._checked else self._completed
+    self._unchecked, self._checked = {}, oldest
+    for group_id in [key for key in looked_at if key in self._completed]:
       group = self._groups[group_id]
       for rollout_id in self._trainable(group):
         summary = group.summaries[rollout_id]
@@ -283,7 +298,7 @@ class Scheduler:
         if late < oldest:  # its reward stays: the summary is kept for the baseline
           self._end(rollout_id, "stale", self._settings.staleness_rule)
       if not self._trainable(group):
-        self._completed.remove(group_id)
+        del self._completed[group_id]
         del self._groups[group_id]
 
   def _trainable(self, group: _Group) -> list[int]:
@@ -298,10 +313,10 @@ class Scheduler:
     for rollout_id in plan.advantages:
       self._end(rollout_id, "trained")
     for group_id in plan.group_ids:
-      self._completed.remove(group_id)
+      del self._completed[group_id]
       del self._groups[group_id]
     # In dispatch order, and only here: the next tasks do not depend on who finished first.
-    for _, environment, index, mean_reward in sorted(self._pool_updates):
+    for _, (environment, index, mean_reward) in sorted(self._pool_updates.items()):
       self._sampler.update(environment, index, mean_reward)
     self._pool_updates.clear()
     self._move_baselines()
@@ -322,8 +337,7 @@ class Scheduler:
     ids = list(self.accounting.open_rollouts())
     for rollout_id in ids:
       self._end(rollout_id, "cancelled", reason)
-    self._groups.clear()
-    self._completed.clear()
+    self._groups, self._completed, self._running = {}, {}, 0
     return ids
 
   # What is told.
