@@ -65,6 +65,11 @@ class Window:
       "reprefilled_tokens/continued": float(sum(s.reprefilled_tokens for s in self._finished)),
       **servers,
     }
+    if self._finished:
+      # By Little's law, over windows: what took so long was so many at once.
+      spent = sum(summary.seconds for summary in self._finished)
+      row["rollout_seconds_mean"] = spent / len(self._finished)
+      row["rollouts_running"] = spent / max(seconds, 1e-9)
     if scored:
       row["rollout_seconds"] = statistics.median(summary.seconds for summary in scored)
       row |= _rewards(scored)

@@ -1,0 +1,249 @@
+"""A finished run as a scenario: what its own files say of its cluster, and what came of it.
+
+Place in the ring: beside it; `tools.simulate_demo` measures the first steps of a run with this,
+simulates, and holds the prediction against the steps that follow. Nothing here is fitted to idle
+shares, staleness or step times: those are what is predicted.
+
+What is measured, and from where:
+
+    decode rate      rollout_seconds_mean R against rollouts_running n (metrics/orchestrator.jsonl),
+                     R = idle + n / served by least squares, without the time servers stood still
+    weight sync      weight_sync/*_seconds and weight_sync_seconds, likewise
+    trainer          step_seconds over tokens, publish_seconds, weights/*_seconds, and the shortest
+                     waits (the batch lay ready) for reading (metrics/trainer.jsonl)
+    lengths, tasks   the RolloutLog's records
+
+The servers' queue and prefill, the clients and the environments' own time are all in R, and have no
+part of their own.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from intellect3 import rollout_log, telemetry, types
+from intellect3.simulation import scenario as scenarios
+
+Rows = Sequence[Mapping[str, Any]]
+
+BLOCKS = 15
+"""Of the measured steps, over which R and n are averaged: a single step's are noise."""
+FREE = 1e12
+"""Tokens a second of what R contains already."""
+TABLE = 12
+"""Places of the decode table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+  """How long a rollout takes where n run: `idle_seconds + n / rollouts_per_second`.
+
+  Attributes:
+    idle_seconds: of one that runs alone, nearly.
+    rollouts_per_second: that all servers together end, at most.
+    running: n of each block that it was fitted to.
+    seconds: R of each block, without the servers' pauses.
+  """
+
+  idle_seconds: float
+  rollouts_per_second: float
+  running: Sequence[float]
+  seconds: Sequence[float]
+
+  def at(self, running: float) -> float:
+    """Seconds of a rollout among so many."""
+    return self.idle_seconds + running / self.rollouts_per_second
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+  """What some steps of a run came to.
+
+  Attributes:
+    trainer_idle_share: of the trainer's time, waiting for batches.
+    mean_staleness: of trained rollouts, in steps.
+    step_seconds: from one step's end to the next one's.
+  """
+
+  trainer_idle_share: float
+  mean_staleness: float
+  step_seconds: float
+
+
+def rows_of(run_dir: pathlib.Path, role: str, first: int, last: int) -> Rows:
+  """The metrics rows of steps first to last.
+
+  Raises:
+    ValueError: one is missing.
+  """
+  file = telemetry.metrics_path(run_dir, role)
+  rows = [row for row in telemetry.read_metrics(file) if first <= row["step"] <= last]
+  if len(rows) != last - first + 1:
+    raise ValueError(f"{file}: expected the steps {first} to {last}, got {len(rows)} of them")
+  return rows
+
+
+def observed(run_dir: pathlib.Path, first: int, last: int) -> Observed:
+  """What became of steps first to last of a run."""
+  trainer = rows_of(run_dir, "trainer", first, last)
+  orchestrator = rows_of(run_dir, "orchestrator", first, last)
+  loop = _total(trainer, "loop_seconds")
+  return Observed(
+    trainer_idle_share=_total(trainer, "wait_seconds") / loop,
+    mean_staleness=_mean(orchestrator, "staleness_mean"),
+    step_seconds=loop / len(trainer),
+  )
+
+
+def measured(
+  run_dir: pathlib.Path,
+  first: int,
+  last: int,
+  *,
+  num_servers: int,
+  max_running: int,
+  tasks: Mapping[str, int],
+) -> tuple[scenarios.Scenario, Service]:
+  """The scenario of a run, from steps first to last alone.
+
+  Args:
+    run_dir: of a run that wrote `rollout_seconds_mean`.
+    first: leave the steps out that compile.
+    last: the last to look at.
+    num_servers: of the run.
+    max_running: rollouts that its workers let run at once, for each server.
+    tasks: training tasks by environment.
+
+  Returns:
+    The scenario, and how its decode rate was found.
+
+  Raises:
+    ValueError: the files lack a metric or a step.
+  """
+  trainer = rows_of(run_dir, "trainer", first, last)
+  orchestrator = rows_of(run_dir, "orchestrator", first, last)
+  found = service(orchestrator)
+  sync = _sync(orchestrator)
+  tokens = _mean(orchestrator, "sampled_length_mean")
+  batch = np.unique(np.geomspace(1, max_running, TABLE).round())
+  publish = _mean(trainer, "publish_seconds")
+  waited = _mean(trainer, "weights/wait_seconds")
+  scenario = scenarios.Scenario(
+    name=f"{run_dir.name}, steps {first} to {last}",
+    servers=scenarios.Servers(
+      count=num_servers,
+      max_running=max_running,
+      decode_batch=tuple(map(float, batch)),
+      decode_tokens_per_second=tuple(
+        float(count * tokens / found.at(count * num_servers)) for count in batch
+      ),
+      prefill_tokens_per_second=FREE,
+    ),
+    sync=sync,
+    trainer=scenarios.Trainer(
+      fixed_seconds=_mean(trainer, "checkpoint_seconds"),
+      seconds_per_token=_total(trainer, "step_seconds") / _total(trainer, "tokens"),
+      read_seconds=float(np.quantile(_column(trainer, "wait_seconds"), 0.05)),
+      gather_seconds=publish - waited,
+      write_seconds=_mean(trainer, "weights/write_seconds"),
+    ),
+    environments=_environments(run_dir, first, last, tasks),
+  )
+  return scenario, found
+
+
+def service(rows: Rows) -> Service:
+  """Fits R = idle + n / served to the orchestrator's rows.
+
+  R and n are averaged over blocks of steps, each weighted by its rollouts; the share of the time
+  in which servers stood still for a sync is taken out of R, since it is simulated by itself.
+
+  Raises:
+    ValueError: a metric is missing.
+  """
+  running, seconds = [], []
+  for block in np.array_split(np.arange(len(rows)), min(BLOCKS, len(rows))):
+    some = [rows[index] for index in block]
+    window = _total(some, "collect_seconds")
+    ended = np.array([r["sampled_tokens"] / r["sampled_length_mean"] for r in some])
+    spent = float(np.dot(ended, _column(some, "rollout_seconds_mean")))
+    still = sum(_stood_still(row) for row in some) / window
+    running.append(spent / window)
+    seconds.append(spent / ended.sum() * max(0.0, 1 - still))
+  slope, idle = np.polyfit(running, seconds, 1) if np.ptp(running) > 0 else (0.0, -1.0)
+  if slope <= 0 or idle < 0:  # n hardly varied: what was ended a second, at any n
+    slope, idle = float(np.dot(running, seconds) / np.dot(running, running)), 0.0
+  return Service(float(idle), 1 / float(slope), running, seconds)
+
+
+def _stood_still(row: Mapping[str, Any]) -> float:
+  """Seconds of a row's last sync in which a server decoded nothing."""
+  return row.get("weight_sync/load_seconds", 0.0) + row.get("weight_sync/resume_seconds", 0.0)
+
+
+def _sync(rows: Rows) -> scenarios.Sync:
+  synced = [row for row in rows if "weight_sync_seconds" in row]
+  if not synced:
+    raise ValueError("weight_sync_seconds: expected it in some row, got none")
+  parts = {
+    part: _mean(synced, f"weight_sync/{part}_seconds")
+    for part in ("pause", "load", "resume", "first_token")
+  }
+  whole = _mean(synced, "weight_sync_seconds")
+  return scenarios.Sync(
+    verify_seconds=max(0.0, whole - sum(parts.values())),
+    pause_seconds=parts["pause"],
+    load_seconds=parts["load"],
+    resume_seconds=parts["resume"],
+    canary_seconds=parts["first_token"],
+  )
+
+
+def _environments(
+  run_dir: pathlib.Path, first: int, last: int, tasks: Mapping[str, int]
+) -> dict[str, scenarios.Environment]:
+  """Lengths, prompts and how often each task was solved, of the trained rollouts."""
+  sampled: dict[str, list[int]] = {name: [] for name in tasks}
+  prompts: dict[str, list[int]] = {name: [] for name in tasks}
+  rewards: dict[str, dict[int, list[float]]] = {name: {} for name in tasks}
+  for step in range(first, last + 1):
+    manifest = rollout_log.read_manifest(run_dir / "rollouts", step)
+    if manifest is None:
+      raise ValueError(f"{run_dir}: expected the batch of step {step}, got none")
+    count = sum(len(shard.lengths) for shard in manifest.shards)
+    for record in rollout_log.read_records(run_dir / "rollouts", manifest, range(count)).values():
+      ours = int((record.trajectory.policy_versions != types.NOT_SAMPLED).sum())
+      name = record.environment
+      sampled[name].append(ours)
+      prompts[name].append(len(record.trajectory.tokens) - ours)
+      rewards[name].setdefault(record.group_id, []).append(record.reward)
+  return {
+    name: scenarios.Environment(
+      lengths=scenarios.Lengths(empirical=tuple(sorted(sampled[name]))),
+      prompt_tokens=max(1, round(float(np.mean(prompts[name])))),
+      solved=tuple(
+        float(np.clip(share, 0, 1))
+        for share in sorted(float(np.mean(group)) for group in rewards[name].values())
+      ),
+      tasks=tasks[name],
+    )
+    for name in tasks
+  }
+
+
+def _column(rows: Rows, key: str) -> np.ndarray:
+  missing = [row["step"] for row in rows if key not in row]
+  if missing:
+    raise ValueError(f"{key}: expected it in every row, step {missing[0]} has none")
+  return np.array([row[key] for row in rows], np.float64)
+
+
+def _total(rows: Rows, key: str) -> float:
+  return float(_column(rows, key).sum())
+
+
+def _mean(rows: Rows, key: str) -> float:
+  return float(_column(rows, key).mean())
