@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from intellect3 import types
-from intellect3.rollouts import messages, reports
+from intellect3.rollouts import holdings, messages, reports
 from intellect3.rollouts.ports import Link, Ports, RunFailed
 from intellect3.rollouts.scheduler import BatchPlan, Scheduler, rollout_seed
 
@@ -30,6 +30,7 @@ class Orchestrator:
     steps: last training step.
     seed: run seed.
     server_patience_seconds: how long the run goes on without any server.
+    worker_patience_seconds: how long it goes on without any worker, once all were there.
     evaluation_tasks: held-out tasks per environment evaluated greedily at the first and last
       version; 0 for none.
     scheduler_state: of the last manifest, on a resume.
@@ -45,6 +46,7 @@ class Orchestrator:
     steps: int,
     seed: int,
     server_patience_seconds: float = 600.0,
+    worker_patience_seconds: float = 600.0,
     evaluation_tasks: int = 0,
     scheduler_state: Mapping[str, Any] | None = None,
     dispatched: int = 0,
@@ -60,14 +62,12 @@ class Orchestrator:
     self._scheduler: Scheduler | None = None
     self._sizes: Mapping[str, int] = {}
     self._links: dict[str, Link] = {}
-    self._owner: dict[int, str] = {}  # rollout -> worker, until it is forgotten
-    self._load: dict[str, int] = {}
-    self._server_patience_seconds = server_patience_seconds
+    self._holdings = holdings.Holdings()
+    self._patience = {"server": server_patience_seconds, "worker": worker_patience_seconds}
+    self._missing: dict[str, asyncio.TimerHandle] = {}  # what there is none of
     self._versions: Mapping[str, int] = {}  # of the servers that may be used
     self._fenced: dict[str, int] = {}
-    self._no_servers: asyncio.TimerHandle | None = None
     self._news = asyncio.Event()  # of servers
-    self._unbatched: dict[int, messages.RolloutSummary] = {}
     self._evaluation: dict[int, asyncio.Future[messages.RolloutSummary]] = {}
     self._commit_task: asyncio.Task[None] | None = None
     self._attempt = 0
@@ -88,7 +88,8 @@ class Orchestrator:
       return
     self._sizes = hello.sizes
     self._links[link.name] = link
-    self._load[link.name] = 0
+    self._holdings.add_worker(link.name)
+    self._note_missing("worker", False)
     if self._versions:
       link.post(messages.Servers(versions=self._versions))
     if len(self._links) >= self._num_workers:
@@ -99,11 +100,11 @@ class Orchestrator:
     """A worker is gone: what it ran or held has failed (contract 4)."""
     if self._links.pop(name, None) is None:
       return
-    lost = [rollout_id for rollout_id, owner in self._owner.items() if owner == name]
+    lost = self._holdings.remove_worker(name)
     if not self._ending:
       logger.warning("worker %s is gone with %d rollouts", name, len(lost))
+    self._note_missing("worker", self._workers_ready.is_set() and not self._links)
     for rollout_id in lost:
-      self._release(rollout_id)
       if rollout_id in self._evaluation:
         self._evaluation.pop(rollout_id).set_exception(RunFailed(f"worker {name} is gone"))
     if name in self._written and not self._written[name].done():
@@ -113,16 +114,18 @@ class Orchestrator:
     self._pump()
 
   def received(self, name: str, message: messages.FromWorker) -> None:
-    """A message from a connected worker."""
+    """A message from a worker; one of a worker that is not connected says nothing any more."""
+    if name not in self._links:
+      return
     match message:
       case messages.RolloutSummary():
-        self._finished(message)
-      case messages.BatchWritten(attempt=attempt, worker=worker, shard=shard):
-        pending = attempt == self._attempt and worker in self._written
-        if pending and not self._written[worker].done():
-          self._written[worker].set_result(shard)
-      case messages.WorkerFailed(worker=worker, reason=reason):
-        self._fail(f"worker {worker}: {reason}")
+        self._finished(name, message)
+      case messages.BatchWritten(attempt=attempt, shard=shard):
+        pending = attempt == self._attempt and name in self._written
+        if pending and not self._written[name].done():
+          self._written[name].set_result(shard)
+      case messages.WorkerFailed(reason=reason):
+        self._fail(f"worker {name}: {reason}")
       case _:
         self._fail(f"worker {name}: unexpected message {type(message).__name__}")
     self._pump()
@@ -132,13 +135,7 @@ class Orchestrator:
   def servers(self, versions: Mapping[str, int]) -> None:
     """These servers may be used from now on, and have these versions of the weights."""
     self._versions = dict(versions)
-    if self._no_servers is not None:
-      self._no_servers.cancel()
-      self._no_servers = None
-    if not versions:
-      reason = f"no server is left, for {self._server_patience_seconds:g} s"
-      loop = asyncio.get_running_loop()
-      self._no_servers = loop.call_later(self._server_patience_seconds, self._fail, reason)
+    self._note_missing("server", not versions)
     for url in versions:
       self._fenced.pop(url, None)
     for link in self._links.values():
@@ -155,40 +152,35 @@ class Orchestrator:
 
   def failed(self, url: str, version: int, reason: str, *, for_good: bool) -> None:
     """What a server made with this version or newer is not to be trusted."""
-    self._fenced[url] = version
+    self._fenced[url] = min(version, self._fenced.get(url, version))  # until it is good again
     if for_good:
       for link in self._links.values():
         link.post(messages.Fence(url=url, version=version, reason=reason))
-    poisoned = [
-      key
-      for key, summary in self._unbatched.items()
-      if url in summary.servers and summary.newest_version >= version
-    ]
-    for rollout_id in poisoned:
-      self._release(rollout_id)
+    poisoned = self._holdings.made_by(url, version)
+    self._forget(poisoned)
     if self._scheduler is not None:
       self._guarded(self._scheduler.lost, poisoned, "server fenced")
+    self._pump()
 
-  def _finished(self, summary: messages.RolloutSummary) -> None:
-    owner = self._owner.get(summary.rollout_id)
-    if owner is None:
-      return  # cancelled meanwhile
-    self._load[owner] -= 1
+  def _finished(self, name: str, summary: messages.RolloutSummary) -> None:
+    if not self._holdings.runs(name, summary.rollout_id):
+      return  # cancelled meanwhile, another worker's by now, or told before
     if summary.purpose == "eval":
-      self._owner.pop(summary.rollout_id)
+      self._holdings.release(summary.rollout_id)
       self._evaluation.pop(summary.rollout_id).set_result(summary)
       return
     poisoned = [
       url for url in summary.servers if summary.newest_version >= self._fenced.get(url, 1 << 60)
     ]
     if poisoned:
+      self._forget([summary.rollout_id])
       summary = msgspec.structs.replace(summary, error=f"server fenced: {poisoned[0]}", reward=None)
     assert self._scheduler is not None
     self._window.add_finished(summary)
     if summary.error is None:
-      self._unbatched[summary.rollout_id] = summary
+      self._holdings.hold(summary)
     else:
-      self._owner.pop(summary.rollout_id)
+      self._holdings.release(summary.rollout_id)
     self._guarded(self._scheduler.finished, summary)
 
   # The run.
@@ -204,11 +196,13 @@ class Orchestrator:
         self._done.result()
       await main
     finally:
+      self._ending, self._collecting = True, False
       for task in (main, self._commit_task):
         if task is not None:
           task.cancel()
           await asyncio.gather(task, return_exceptions=True)
-      self._ending = True
+      for timer in self._missing.values():
+        timer.cancel()
       for link in self._links.values():
         link.post(messages.Shutdown())
 
@@ -257,52 +251,46 @@ class Orchestrator:
     return version
 
   def _pump(self) -> None:
-    """Does what the scheduler allows now: forget, dispatch, plan a batch."""
+    """Does what the scheduler allows now: plan a batch, dispatch, forget."""
     scheduler = self._scheduler
     if scheduler is None or not self._collecting or not self._links:
       return
     try:
-      started = scheduler.dispatch() if self._versions else []
-      if started:  # kept before it is sent: what a crash loses must have been counted
-        self._ports.dispatched(scheduler.accounting.counts()["dispatched"])
-      for dispatch in started:
-        self._assign(dispatch)
       if self._commit_task is None and not self._syncing:
         plan = scheduler.plan_batch()
         if plan is not None:
           self._ask_for_shards(plan)  # at once: between plan and request no worker may leave
           self._commit_task = asyncio.ensure_future(self._commit(plan))
           self._commit_task.add_done_callback(self._committed)
+      # After the plan, which may have dropped stale groups: what they leave room for starts now.
+      started = scheduler.dispatch() if self._versions else []
+      if started:  # kept before it is sent: what a crash loses must have been counted
+        self._ports.dispatched(scheduler.accounting.counts()["dispatched"])
+      for dispatch in started:
+        self._assign(dispatch)
       self._forget(scheduler.take_forgotten())
     except Exception as error:
       self._fail(f"{type(error).__name__}: {error}")
 
   def _assign(self, dispatch: messages.Dispatch) -> None:
-    name = min(self._links, key=lambda key: (self._load[key], key))
-    self._owner[dispatch.rollout_id] = name
-    self._load[name] += 1
-    self._links[name].post(dispatch)
+    self._links[self._holdings.assign(dispatch.rollout_id)].post(dispatch)
 
   def _forget(
     self,
     rollout_ids: Sequence[int],
     tell: type[messages.Forget] | type[messages.Cancel] = messages.Forget,
   ) -> None:
-    by_worker: dict[str, list[int]] = {}
-    for rollout_id in rollout_ids:
-      owner = self._owner.get(rollout_id)
-      if owner is not None:
-        by_worker.setdefault(owner, []).append(rollout_id)
-      self._release(rollout_id)
-    for name, ids in by_worker.items():
-      if name in self._links:
-        self._links[name].post(tell(rollout_ids=ids))
+    for name, ids in self._holdings.release_all(rollout_ids).items():
+      self._links[name].post(tell(rollout_ids=ids))
 
-  def _release(self, rollout_id: int) -> None:
-    """Ends what the orchestrator itself knows of a rollout."""
-    owner = self._owner.pop(rollout_id, None)
-    if self._unbatched.pop(rollout_id, None) is None and owner is not None:
-      self._load[owner] -= 1
+  def _note_missing(self, what: str, none_left: bool) -> None:
+    """There is no server, or no worker, or there is one again: the run waits only so long."""
+    if not none_left and what in self._missing:
+      self._missing.pop(what).cancel()
+    elif none_left and what not in self._missing and not self._ending:
+      seconds = self._patience[what]
+      reason = f"no {what} is left, for {seconds:g} s"
+      self._missing[what] = asyncio.get_running_loop().call_later(seconds, self._fail, reason)
 
   # Batches.
 
@@ -310,7 +298,7 @@ class Orchestrator:
     by_worker: dict[str, list[messages.BatchItem]] = {}
     for rollout_id, advantage in plan.advantages.items():
       item = messages.BatchItem(rollout_id, advantage)
-      by_worker.setdefault(self._owner[rollout_id], []).append(item)
+      by_worker.setdefault(self._holdings.owner(rollout_id), []).append(item)
     loop = asyncio.get_running_loop()
     self._attempt += 1
     self._written = {name: loop.create_future() for name in sorted(by_worker)}
@@ -360,6 +348,8 @@ class Orchestrator:
     assert self._scheduler is not None
     version = self._scheduler.version
     self._ports.status("evaluating", {"version": version})
+    if not self._links:
+      raise RunFailed(f"no worker is there to evaluate version {version}")
     loop = asyncio.get_running_loop()
     futures: list[asyncio.Future[messages.RolloutSummary]] = []
     for key, size in sorted(self._sizes.items()):

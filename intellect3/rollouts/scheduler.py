@@ -275,7 +275,7 @@ class Scheduler:
       return []
     if self._settings.batch_order == "completion":
       return list(itertools.islice(self._completed, most))
-    ready = []
+    ready: list[int] = []
     for group_id, group in self._groups.items():  # dispatch order; wait for the oldest
       if group.running or len(ready) == most:
         break

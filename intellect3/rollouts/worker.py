@@ -116,7 +116,9 @@ class Worker:
         for rollout_id in ids:
           self._finished.pop(rollout_id, None)
       case messages.WriteBatch():
-        self._spawn(self._write(message))
+        # Looked up now: what is said next may let go of one, and the batch is planned again then.
+        ids = [item.rollout_id for item in message.items if item.rollout_id in self._finished]
+        self._spawn(self._write(message, {key: self._finished[key] for key in ids}))
       case messages.Servers(versions=versions):
         self._pool.set_servers(versions, versions)
       case messages.Loads(loads=loads):
@@ -178,7 +180,7 @@ class Worker:
       self._finished[dispatch.rollout_id] = rollout
     self._send(_summarize(rollout, dispatch.purpose, conversation, clock() - started))
 
-  async def _write(self, batch: messages.WriteBatch) -> None:
+  async def _write(self, batch: messages.WriteBatch, rollouts: Mapping[int, types.Rollout]) -> None:
     path = (
       rollout_log.step_directory(self._log_dir, batch.step)
       / f"{self.name}_{batch.attempt}.arrayrecord"
@@ -187,7 +189,7 @@ class Worker:
       records = [
         token_weights_lib.weighted(record, self._token_weights)
         for item in batch.items
-        for record in _records(batch, self._finished[item.rollout_id], item.advantage)
+        for record in _records(batch, rollouts[item.rollout_id], item.advantage)
       ]
       self._components |= {frozenset(record.token_weights) for record in records}
       if len(self._components) > 1:
@@ -200,8 +202,7 @@ class Worker:
       return
     if self._write_sample is not None and batch.items:
       shown = batch.items[batch.step * 7919 % len(batch.items)]  # any one, not the best
-      if shown.rollout_id in self._finished:
-        self._write_sample(batch.step, self._finished[shown.rollout_id], shown.advantage)
+      self._write_sample(batch.step, rollouts[shown.rollout_id], shown.advantage)
     self._send(
       messages.BatchWritten(step=batch.step, attempt=batch.attempt, worker=self.name, shard=shard)
     )

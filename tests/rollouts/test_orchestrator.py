@@ -82,7 +82,7 @@ def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
 
     async def kill_one():
       await world.second_step.wait()
-      while not machine._load["worker_1"]:  # noqa: ASYNC110 - until it has something to lose
+      while not machine._holdings.load["worker_1"]:  # noqa: ASYNC110 - until it has something to lose
         await asyncio.sleep(0.001)
       remote[1].cancel()
 
