@@ -6,8 +6,9 @@ shares, staleness or step times: those are what is predicted.
 
 What is measured, and from where:
 
-    decode rate      rollout_seconds_mean R against rollouts_running n (metrics/orchestrator.jsonl),
-                     R = idle + n / served by least squares, without the time servers stood still
+    decode rate      rollout_seconds_mean R against rollouts running n (metrics/orchestrator.jsonl),
+                     R = idle + n / served by least squares, without the time servers stood still;
+                     where n hardly varied, n / served
     weight sync      weight_sync/*_seconds and weight_sync_seconds, likewise
     trainer          step_seconds over tokens, publish_seconds, weights/*_seconds, and the shortest
                      waits (the batch lay ready) for reading (metrics/trainer.jsonl)
@@ -19,7 +20,7 @@ part of their own.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from intellect3.simulation import scenario as scenarios
 
 Rows = Sequence[Mapping[str, Any]]
 
+SPAN = 2.0
+"""Of n over the blocks, largest over smallest, from which on a line is fitted."""
 BLOCKS = 15
 """Of the measured steps, over which R and n are averaged: a single step's are noise."""
 FREE = 1e12
@@ -73,23 +76,34 @@ class Observed:
   step_seconds: float
 
 
-def rows_of(run_dir: pathlib.Path, role: str, first: int, last: int) -> Rows:
-  """The metrics rows of steps first to last.
+def rows_of(run_dir: pathlib.Path, role: str, steps: Collection[int]) -> Rows:
+  """The metrics rows of some steps.
 
   Raises:
     ValueError: one is missing.
   """
   file = telemetry.metrics_path(run_dir, role)
-  rows = [row for row in telemetry.read_metrics(file) if first <= row["step"] <= last]
-  if len(rows) != last - first + 1:
-    raise ValueError(f"{file}: expected the steps {first} to {last}, got {len(rows)} of them")
+  rows = [row for row in telemetry.read_metrics(file) if row["step"] in set(steps)]
+  if not rows or len(rows) != len(steps):
+    missing = sorted(set(steps) - {row["step"] for row in rows})
+    raise ValueError(f"{file}: expected {len(steps)} steps, got {len(rows)}; not {missing[:3]}")
   return rows
 
 
-def observed(run_dir: pathlib.Path, first: int, last: int) -> Observed:
-  """What became of steps first to last of a run."""
-  trainer = rows_of(run_dir, "trainer", first, last)
-  orchestrator = rows_of(run_dir, "orchestrator", first, last)
+def alternate(first: int, last: int, block: int) -> tuple[list[int], list[int]]:
+  """Two halves of a run's steps, block by block: one to measure, one to predict.
+
+  Halves in a row would differ by whatever else the machine did meanwhile.
+  """
+  steps = range(first, last + 1)
+  odd = [step for step in steps if (step - first) // block % 2]
+  return sorted(set(steps) - set(odd)), odd
+
+
+def observed(run_dir: pathlib.Path, steps: Collection[int]) -> Observed:
+  """What became of some steps of a run."""
+  trainer = rows_of(run_dir, "trainer", steps)
+  orchestrator = rows_of(run_dir, "orchestrator", steps)
   loop = _total(trainer, "loop_seconds")
   return Observed(
     trainer_idle_share=_total(trainer, "wait_seconds") / loop,
@@ -100,19 +114,17 @@ def observed(run_dir: pathlib.Path, first: int, last: int) -> Observed:
 
 def measured(
   run_dir: pathlib.Path,
-  first: int,
-  last: int,
+  steps: Collection[int],
   *,
   num_servers: int,
   max_running: int,
   tasks: Mapping[str, int],
 ) -> tuple[scenarios.Scenario, Service]:
-  """The scenario of a run, from steps first to last alone.
+  """The scenario of a run, from some of its steps alone.
 
   Args:
     run_dir: of a run that wrote `rollout_seconds_mean`.
-    first: leave the steps out that compile.
-    last: the last to look at.
+    steps: to look at; leave those out that compile.
     num_servers: of the run.
     max_running: rollouts that its workers let run at once, for each server.
     tasks: training tasks by environment.
@@ -123,8 +135,8 @@ def measured(
   Raises:
     ValueError: the files lack a metric or a step.
   """
-  trainer = rows_of(run_dir, "trainer", first, last)
-  orchestrator = rows_of(run_dir, "orchestrator", first, last)
+  trainer = rows_of(run_dir, "trainer", steps)
+  orchestrator = rows_of(run_dir, "orchestrator", steps)
   found = service(orchestrator)
   sync = _sync(orchestrator)
   tokens = _mean(orchestrator, "sampled_length_mean")
@@ -132,7 +144,7 @@ def measured(
   publish = _mean(trainer, "publish_seconds")
   waited = _mean(trainer, "weights/wait_seconds")
   scenario = scenarios.Scenario(
-    name=f"{run_dir.name}, steps {first} to {last}",
+    name=f"{run_dir.name}, {len(steps)} steps from {min(steps)} to {max(steps)}",
     servers=scenarios.Servers(
       count=num_servers,
       max_running=max_running,
@@ -150,7 +162,7 @@ def measured(
       gather_seconds=publish - waited,
       write_seconds=_mean(trainer, "weights/write_seconds"),
     ),
-    environments=_environments(run_dir, first, last, tasks),
+    environments=_environments(run_dir, steps, tasks),
   )
   return scenario, found
 
@@ -168,14 +180,19 @@ def service(rows: Rows) -> Service:
   for block in np.array_split(np.arange(len(rows)), min(BLOCKS, len(rows))):
     some = [rows[index] for index in block]
     window = _total(some, "collect_seconds")
-    ended = np.array([r["sampled_tokens"] / r["sampled_length_mean"] for r in some])
-    spent = float(np.dot(ended, _column(some, "rollout_seconds_mean")))
+    busy = [row for row in some if row["sampled_tokens"] > 0]  # in others no rollout ended
+    if not busy:
+      continue
+    ended = _column(busy, "sampled_tokens") / _column(busy, "sampled_length_mean")
+    spent = float(np.dot(ended, _column(busy, "rollout_seconds_mean")))
     still = sum(_stood_still(row) for row in some) / window
     running.append(spent / window)
     seconds.append(spent / ended.sum() * max(0.0, 1 - still))
-  slope, idle = np.polyfit(running, seconds, 1) if np.ptp(running) > 0 else (0.0, -1.0)
-  if slope <= 0 or idle < 0:  # n hardly varied: what was ended a second, at any n
-    slope, idle = float(np.dot(running, seconds) / np.dot(running, running)), 0.0
+  slope, idle = 0.0, 0.0
+  if max(running) >= SPAN * min(running):
+    slope, idle = np.polyfit(running, seconds, 1)
+  if slope <= 0 or idle < 0:  # nothing to be told apart: what was ended a second, at any n
+    slope, idle = sum(seconds) / sum(running), 0.0
   return Service(float(idle), 1 / float(slope), running, seconds)
 
 
@@ -203,13 +220,13 @@ def _sync(rows: Rows) -> scenarios.Sync:
 
 
 def _environments(
-  run_dir: pathlib.Path, first: int, last: int, tasks: Mapping[str, int]
+  run_dir: pathlib.Path, steps: Collection[int], tasks: Mapping[str, int]
 ) -> dict[str, scenarios.Environment]:
   """Lengths, prompts and how often each task was solved, of the trained rollouts."""
   sampled: dict[str, list[int]] = {name: [] for name in tasks}
   prompts: dict[str, list[int]] = {name: [] for name in tasks}
   rewards: dict[str, dict[int, list[float]]] = {name: {} for name in tasks}
-  for step in range(first, last + 1):
+  for step in sorted(steps):
     manifest = rollout_log.read_manifest(run_dir / "rollouts", step)
     if manifest is None:
       raise ValueError(f"{run_dir}: expected the batch of step {step}, got none")

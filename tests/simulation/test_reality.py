@@ -98,7 +98,9 @@ def run_dir(tmp_path_factory):
 
 
 def measure(run_dir, first=1, last=STEPS):
-  return reality.measured(run_dir, first, last, num_servers=1, max_running=300, tasks={"words": 70})
+  return reality.measured(
+    run_dir, range(first, last + 1), num_servers=1, max_running=300, tasks={"words": 70}
+  )
 
 
 def test_the_service_time_is_found_without_the_pauses(run_dir):
@@ -147,16 +149,29 @@ def test_a_constant_load_gives_a_constant_throughput():
   assert found.rollouts_per_second == pytest.approx(running / seconds)
 
 
+def test_steps_in_which_no_rollout_ended_count_as_time_alone():
+  rows = [{**orchestrator_row(3), "step": step} for step in range(1, 31)]
+  idle = {"step": 31, "collect_seconds": 5.0, "sampled_tokens": 0, "sampled_length_mean": 4.0}
+  assert reality.service([*rows, idle]).running[0] == pytest.approx(rows[0]["rollouts_running"])
+  assert len(reality.service([idle, *rows]).running) == reality.BLOCKS
+
+
+def test_halves_alternate_and_share_no_step():
+  measured, held_out = reality.alternate(11, 40, 10)
+  assert measured == [*range(11, 21), *range(31, 41)]
+  assert held_out == list(range(21, 31))
+
+
 def test_what_came_of_the_steps(run_dir):
-  seen = reality.observed(run_dir, 11, 20)
+  seen = reality.observed(run_dir, range(11, 21))
   assert seen.trainer_idle_share == pytest.approx(0.35)
   assert seen.mean_staleness == pytest.approx(1.5)
   assert seen.step_seconds == pytest.approx(1.0)
 
 
 def test_missing_steps_and_metrics_are_named(run_dir):
-  with pytest.raises(ValueError, match="expected the steps 30 to 41, got 11 of them"):
-    reality.observed(run_dir, 30, 41)
+  with pytest.raises(ValueError, match="expected 12 steps, got 11; not"):
+    reality.observed(run_dir, range(30, 42))
   rows = [{k: v for k, v in orchestrator_row(1).items() if k != "rollout_seconds_mean"}]
   with pytest.raises(ValueError, match="rollout_seconds_mean: expected it in every row"):
     reality.service(rows)
