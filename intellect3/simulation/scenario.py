@@ -51,7 +51,7 @@ class Servers:
     cache_tokens: that fit in the cache of one server; what would not fit waits, and the newest
       request is put back and computed again when the running ones outgrow it. 0: no bound.
     prefill_tokens_per_second: of prompts; decoding stands still meanwhile.
-    latency_seconds: from the client to the server, for each segment and each answer.
+    latency_seconds: from the client to the server and back, for each segment.
   """
 
   count: int
@@ -103,6 +103,7 @@ class Sync:
     load_seconds: it stands still.
     resume_seconds: it stands still.
     canary_seconds: until the version counts as checked; it decodes meanwhile.
+    spread_seconds: the servers' loads take up to so much longer, each another share of it.
   """
 
   verify_seconds: float = 0.0
@@ -110,6 +111,7 @@ class Sync:
   load_seconds: float = 0.0
   resume_seconds: float = 0.0
   canary_seconds: float = 0.0
+  spread_seconds: float = 0.0
 
   def __post_init__(self) -> None:
     names = [field.name for field in dataclasses.fields(self)]
@@ -243,15 +245,13 @@ class Clients:
 
   Attributes:
     shared_balance: whether all workers see each other's requests at once, through one balancer of
-      as many slots as theirs together; otherwise each has its own and hears of the others every
-      `loads_seconds`, as in production, which takes longer to simulate.
-    loads_seconds: between two looks at the servers' loads.
+      as many slots as theirs together; otherwise each has its own and hears of the others at the
+      run's `server_poll_seconds`, as in production, which takes longer to simulate.
     message_seconds: between orchestrator and worker, each way.
     write_seconds_per_token: that a worker takes for its shard of a batch.
   """
 
   shared_balance: bool = True
-  loads_seconds: float = 2.0
   message_seconds: float = 0.0
   write_seconds_per_token: float = 0.0
 
@@ -262,7 +262,6 @@ class Clients:
       self,
       "clients",
       {
-        "loads_seconds": (1e-3, math.inf, False),
         "message_seconds": (0, math.inf, False),
         "write_seconds_per_token": (0, math.inf, False),
       },
@@ -284,8 +283,8 @@ class Scenario:
   servers: Servers
   trainer: Trainer
   environments: Mapping[str, Environment]
-  sync: Sync = Sync()
-  clients: Clients = Clients()
+  sync: Sync = dataclasses.field(default_factory=Sync)
+  clients: Clients = dataclasses.field(default_factory=Clients)
   seed: int = 0
 
   def __post_init__(self) -> None:

@@ -1,0 +1,338 @@
+"""A simulated inference server: continuous batching as processor sharing, one event a segment.
+
+All running requests get tokens at the same pace, so one number, the tokens that each has been given
+since the start (`_service`), tells when any of them ends: a request that joins at service s and
+wants n tokens ends at s + n. What the server is asked for stands in a heap by that number; nothing
+happens token by token. Prefill and weight syncs make it stand still.
+"""
+
+import asyncio
+import dataclasses
+import heapq
+from collections import deque
+
+from intellect3.simulation import rates, scenario
+
+_EPSILON = 1e-6  # of a token: rounding of the service
+_GROUPS = 4096  # prompts that a server remembers
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Request:
+  """A generation on one server.
+
+  Attributes:
+    key: of the conversation; what the server has cached of it is valid under one key.
+    group: whose members share the prompt.
+    prompt: tokens of the conversation's first turn.
+    context: tokens so far, the sampled ones too.
+    known: of these, how many are in this server's cache under `version`.
+    version: weights under which the known tokens were cached.
+    left: tokens still to be sampled.
+    done: resolved when none is left.
+    made: sampled tokens by version, ascending.
+    reprefilled: known tokens that were computed again.
+    longest_segment: seconds, its wait in the queue included.
+  """
+
+  group: str
+  prompt: int
+  context: int
+  known: int
+  version: int
+  left: int
+  done: "asyncio.Future[None]"
+  made: dict[int, int] = dataclasses.field(default_factory=dict)
+  reprefilled: int = 0
+  longest_segment: float = 0.0
+  asked: float = 0.0
+  start: float = 0.0  # service at the start of the running segment, or at the last version
+  segment: int = 0
+  order: int = -1  # of its turn among the running; -1: not running
+
+
+@dataclasses.dataclass(slots=True)
+class Usage:
+  """Where a server's time went, in seconds, and what it held on average.
+
+  Attributes:
+    decoding, prefilling, paused: seconds; what is left is idle.
+    running, waiting: requests, times seconds.
+    most_waiting: at one time.
+    sampled, prefilled: tokens.
+    retracted: tokens of running requests that were computed again after a flush or eviction.
+    evicted: requests put back since the cache was full.
+  """
+
+  decoding: float = 0.0
+  prefilling: float = 0.0
+  paused: float = 0.0
+  running: float = 0.0
+  waiting: float = 0.0
+  most_waiting: int = 0
+  sampled: float = 0.0
+  prefilled: int = 0
+  retracted: int = 0
+  evicted: int = 0
+
+
+class Server:
+  """See the module's docstring. Belongs to one event loop.
+
+  Args:
+    url: its name.
+    settings: its speed and bounds.
+    pace: of decoding.
+    segment_tokens: at most so many are asked for at once; then the next request of the same
+      generation stands behind whoever waits.
+  """
+
+  def __init__(
+    self, url: str, settings: scenario.Servers, pace: rates.Rates, segment_tokens: int
+  ) -> None:
+    self.url = url
+    self.version = -1
+    self.usage = Usage()
+    self.events = 0
+    self._settings = settings
+    self._pace = pace
+    self._segment_tokens = segment_tokens
+    self._loop = asyncio.get_running_loop()
+    self._since = self._loop.time()  # up to here everything is counted
+    self._busy_until = self._since  # prefilling
+    self._paused = False
+    self._service = 0.0
+    self._cached = 0.0
+    self._running: dict[int, Request] = {}  # by order
+    self._heap: list[tuple[float, int]] = []  # (service at the segment's end, order)
+    self._waiting: deque[Request] = deque()
+    self._order = 0
+    self._timer: asyncio.TimerHandle | None = None
+    self._prompts: dict[str, int] = {}  # group -> version
+
+  @property
+  def running(self) -> int:
+    """Requests being decoded."""
+    return len(self._running)
+
+  @property
+  def waiting(self) -> int:
+    """Requests in the queue."""
+    return len(self._waiting)
+
+  def submit(self, request: Request) -> None:
+    """Takes a request; its `done` is resolved when all its tokens are there."""
+    self._advance()
+    request.asked = self._since
+    self._waiting.append(request)
+    self._admit()
+
+  def withdraw(self, request: Request) -> None:
+    """Forgets a request that nobody waits for any more."""
+    self._advance()
+    if request.order >= 0:
+      self._leave(request)
+    elif request in self._waiting:
+      self._waiting.remove(request)
+    self._admit()
+
+  # Weights.
+
+  def pause(self) -> None:
+    """Stands still until `resume`."""
+    self._advance()
+    self._paused = True
+    self._rearm()
+
+  def load(self, version: int, *, flush: bool) -> None:
+    """New weights for a paused server; `flush` drops every cache.
+
+    What runs goes on under the new version; flushed, it is computed again first.
+    """
+    self._advance()
+    for request in self._running.values():
+      self._count(request)
+      if flush:
+        self.usage.retracted += request.context
+        self._prefill(request.context)
+    if flush:
+      self._prompts.clear()
+      for request in self._waiting:
+        request.known = 0
+    self.version = version
+
+  def resume(self) -> None:
+    """Goes on."""
+    self._advance()
+    self._paused = False
+    self._busy_until = max(self._busy_until, self._since)
+    self._admit()
+
+  def settle(self) -> Usage:
+    """The usage up to now."""
+    self._advance()
+    return self.usage
+
+  # Time.
+
+  def _advance(self) -> None:
+    """Brings service and usage up to the present."""
+    now = self._loop.time()
+    span = now - self._since
+    if span <= 0.0:
+      return
+    usage, running = self.usage, len(self._running)
+    usage.running += running * span
+    usage.waiting += len(self._waiting) * span
+    if self._paused:
+      usage.paused += span
+      if self._busy_until > self._since:
+        self._busy_until += span
+    else:
+      still = min(max(self._busy_until - self._since, 0.0), span)
+      usage.prefilling += still
+      if running and span > still:
+        usage.decoding += span - still
+        steps = self._pace.steps(span - still, running, self._cached)
+        self._service += steps
+        self._cached += steps * running
+        usage.sampled += steps * running
+    self._since = now
+
+  def _next(self) -> float | None:
+    """When the next segment ends or the cache is full; None: nothing will happen by itself."""
+    heap = self._heap
+    while heap and heap[0][1] not in self._running:
+      heapq.heappop(heap)
+    if self._paused or not heap:
+      return None
+    running = len(self._running)
+    steps = max(0.0, heap[0][0] - self._service)
+    room = self._settings.cache_tokens
+    if room and running > 1:
+      steps = min(steps, max(0.0, (room - self._cached) / running))
+    start = self._since if self._busy_until <= self._since else self._busy_until
+    return start + self._pace.seconds(steps, running, self._cached)
+
+  def _rearm(self) -> None:
+    """Sets the timer, unless one rings before that anyway."""
+    when = self._next()
+    if when is None:
+      if self._timer is not None:
+        self._timer.cancel()
+        self._timer = None
+    elif self._timer is None or when < self._timer.when():
+      if self._timer is not None:
+        self._timer.cancel()
+      self._timer = self._loop.call_at(when, self._ring)
+
+  def _ring(self) -> None:
+    self._timer = None
+    self.events += 1
+    self._advance()
+    ended = []
+    while self._heap and self._heap[0][0] <= self._service + _EPSILON:
+      _, order = heapq.heappop(self._heap)
+      request = self._running.get(order)
+      if request is not None:
+        ended.append(request)
+    for request in ended:
+      self._end_segment(request)
+    room = self._settings.cache_tokens
+    while room and len(self._running) > 1 and self._cached + _EPSILON >= room:
+      newest = self._running[next(reversed(self._running))]
+      self._leave(newest)
+      newest.known = 0
+      self.usage.retracted += newest.context
+      self._waiting.appendleft(newest)
+      self.usage.evicted += 1
+    self._admit()
+
+  # Requests.
+
+  def _end_segment(self, request: Request) -> None:
+    self._count(request, whole=True)
+    taken = self._since - request.asked
+    if taken > request.longest_segment:
+      request.longest_segment = taken
+    if request.left and not self._waiting and not self._settings.latency_seconds:
+      request.asked = self._since  # the next segment, at once
+      request.segment = min(request.left, self._segment_tokens)
+      heapq.heappush(self._heap, (self._service + request.segment, request.order))
+      return
+    self._leave(request)
+    request.known = request.context
+    request.version = self.version
+    if self._settings.latency_seconds:
+      self._loop.call_later(self._settings.latency_seconds, self._answered, request)
+    elif request.left:
+      request.asked = self._since
+      self._waiting.append(request)
+    else:
+      self._answered(request)
+
+  def _answered(self, request: Request) -> None:
+    if request.done.done():
+      return
+    if request.left:
+      self.submit(request)
+    else:
+      request.done.set_result(None)
+
+  def _count(self, request: Request, *, whole: bool = False) -> None:
+    """Notes what was sampled since the segment, or this version, began."""
+    sampled = request.segment
+    if not whole:
+      sampled = min(sampled, round(self._service - request.start))
+    request.start = self._service
+    if sampled > 0:
+      request.made[self.version] = request.made.get(self.version, 0) + sampled
+      request.segment -= sampled
+      request.left -= sampled
+      request.context += sampled
+
+  def _leave(self, request: Request) -> None:
+    self._count(request)
+    del self._running[request.order]
+    request.order = -1
+    self._cached = max(0.0, self._cached - request.context) if self._running else 0.0
+
+  def _admit(self) -> None:
+    waiting = self._waiting
+    if waiting and not self._paused:
+      settings = self._settings
+      while waiting and len(self._running) < settings.max_running:
+        request = waiting[0]
+        segment = min(request.left, self._segment_tokens)
+        needed = self._cached + request.context + segment
+        if settings.cache_tokens and self._running and needed > settings.cache_tokens:
+          break
+        waiting.popleft()
+        self._start(request, segment)
+    if len(waiting) > self.usage.most_waiting:
+      self.usage.most_waiting = len(waiting)
+    self._rearm()
+
+  def _start(self, request: Request, segment: int) -> None:
+    # One generation keeps its cache key over an update; a new one asks under the new version.
+    known = request.known if request.made or request.version == self.version else 0
+    if not known and self._prompts.get(request.group) == self.version:
+      known = request.prompt
+    self._prefill(request.context - known)
+    request.reprefilled += max(0, request.known - known)
+    if request.group not in self._prompts and len(self._prompts) == _GROUPS:
+      del self._prompts[next(iter(self._prompts))]
+    self._prompts[request.group] = self.version
+    request.order = self._order
+    self._order += 1
+    request.start = self._service
+    request.segment = segment
+    self._cached += request.context
+    self._running[request.order] = request
+    heapq.heappush(self._heap, (self._service + segment, request.order))
+
+  def _prefill(self, tokens: int) -> None:
+    if tokens > 0:
+      self.usage.prefilled += tokens
+      seconds = tokens / self._settings.prefill_tokens_per_second
+      self._busy_until = max(self._busy_until, self._since) + seconds

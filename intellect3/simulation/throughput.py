@@ -1,0 +1,330 @@
+"""The throughput simulator: the production orchestrator on a simulated cluster.
+
+Orchestrator, Scheduler, pools, filters, credit, accounting, reports, the fleet's sync and the
+clients' balancing are the production objects. Simulated are the servers (`server`), the workers'
+conversations (`attempts`, `workers`), the trainer and its weights (`trainer`). Everything happens
+on `clock`'s virtual time.
+"""
+
+import asyncio
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from intellect3 import rollout_log, types
+from intellect3.inference import balance, control, fleet, load, weight_sync
+from intellect3.rl import serving
+from intellect3.rollouts import difficulty, messages, orchestrator, scheduler
+from intellect3.simulation import (
+  attempts,
+  clock,
+  rates,
+  report,
+  scenario,
+  server,
+  trainer,
+  watching,
+  workers,
+)
+from intellect3.simulation import settings as settings_lib
+
+
+def simulate(
+  run: settings_lib.RunSettings,
+  given: scenario.Scenario,
+  *,
+  trace: Callable[[str], Any] | None = None,
+  progress: Callable[[int, float], None] | None = None,
+  warm_up_steps: int | None = None,
+  sample_seconds: float | None = None,
+) -> dict[str, Any]:
+  """Simulates a run to its last step.
+
+  Args:
+    run: its settings.
+    given: the cluster and what is attempted.
+    trace: takes the lines of the event trace.
+    progress: is told of each step and the virtual seconds so far.
+    warm_up_steps: that the report's shares and means leave out; None for as many as are bounded by
+      `max_off_policy_steps`, and at most a quarter of the run.
+    sample_seconds: virtual seconds between two entries of the report's timeline; None for none.
+
+  Returns:
+    The report, JSON-able: `report.make` says what is in it.
+
+  Raises:
+    ValueError: run and scenario do not fit together.
+    clock.Stuck: nothing would ever happen again.
+    orchestrator.RunFailed: the run ends with a reason.
+  """
+  _check(run, given)
+  warm_up = min(run.scheduler.max_off_policy_steps + 1, run.steps // 4)
+  if warm_up_steps is not None:
+    warm_up = warm_up_steps
+  if not 0 <= warm_up < run.steps:
+    raise ValueError(f"warm_up_steps: expected fewer than steps ({run.steps}), got {warm_up}")
+  return clock.run(_Simulation(run, given, trace, progress, warm_up, sample_seconds).run())
+
+
+def _check(run: settings_lib.RunSettings, given: scenario.Scenario) -> None:
+  sync = given.sync
+  shortest = sync.pause_seconds + sync.load_seconds + sync.resume_seconds + sync.canary_seconds
+  patience = max(run.sync_patience_seconds, 3.0 * shortest)
+  if shortest + sync.spread_seconds >= patience:
+    raise ValueError(
+      f"sync.spread_seconds: expected less than {patience - shortest:g}, the time after which the "
+      f"run gives up a server, got {sync.spread_seconds:g}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Control:
+  """The look that a fleet takes at its servers."""
+
+  servers: Mapping[str, server.Server]
+
+  async def look(self, url: str) -> control.Outcome[tuple[int, load.ServerLoad]]:
+    """See ServerControl.look."""
+    one = self.servers[url]
+    told = one.version, load.ServerLoad(one.running, one.waiting, {})
+    return control.Outcome(told, None, 0.0)
+
+
+class _Simulation:
+  """The parts of one simulation, wired."""
+
+  def __init__(
+    self,
+    run: settings_lib.RunSettings,
+    given: scenario.Scenario,
+    trace: Callable[[str], Any] | None,
+    progress: Callable[[int, float], None] | None,
+    warm_up: int,
+    sample_seconds: float | None,
+  ) -> None:
+    self._run = run
+    self._given = given
+    self._trace = trace
+    self._progress = progress
+    self._warm_up = warm_up
+    self._sample_seconds = sample_seconds
+    self._before: list[server.Usage] = []
+    self._after: list[server.Usage] = []
+    self._retracted = 0
+    self._samples: list[tuple[float, list[int], list[int], int]] = []
+
+  async def run(self) -> dict[str, Any]:
+    run, given = self._run, self._given
+    self._loop = asyncio.get_running_loop()
+    self._watch = watch = watching.Watch(
+      group_size=run.scheduler.rollouts_per_prompt,
+      trace=self._trace,
+      timeout_seconds=run.timeout_seconds,
+      stepped=self._stepped,
+    )
+    pace = rates.Rates(given.servers)
+    self._servers = {
+      url: server.Server(url, given.servers, pace, run.segment_tokens)
+      for url in (f"http://server-{index}" for index in range(given.servers.count))
+    }
+    self._delays = {
+      url: given.sync.spread_seconds * random.Random(f"{given.seed}/sync/{url}").random()
+      for url in self._servers
+    }
+    self._traffic = workers.Traffic()
+    learner = trainer.Trainer(
+      given.trainer,
+      lambda newest: serving.served_version(newest, lag=run.weights_lag, steps=run.steps),
+      watch,
+    )
+    self._machine = orchestrator.Orchestrator(
+      make_scheduler=self._make_scheduler,
+      ports=orchestrator.Ports(
+        next_version=learner.next_version,
+        sync=self._sync,
+        commit=lambda manifest: self._commit(learner, manifest),
+        batch_committed=learner.batch_committed,
+        dispatched=lambda total: None,
+        report=self._report,
+        report_evaluation=lambda version, row: watch.event(
+          "evaluated", {"version": version, **row}
+        ),
+        server_metrics=self._server_metrics,
+        status=lambda phase, detail: watch.event("status", {"phase": phase}),
+      ),
+      num_workers=max(1, run.num_workers),
+      steps=run.steps,
+      seed=run.scheduler.seed,
+      server_patience_seconds=run.server_patience_seconds,
+      evaluation_tasks=run.evaluation_tasks,
+    )
+    self._fleet = fleet.Fleet(
+      _Control(self._servers),  # type: ignore[arg-type]  # a fleet only looks
+      bring=self._bring,
+      wanted=lambda: list(self._servers),
+      watcher=self._machine,
+      settings=fleet.Settings(
+        poll_seconds=run.server_poll_seconds, patience_seconds=run.sync_patience_seconds
+      ),
+    )
+    links, self._balancers = self._workers()
+    for link in links:
+      self._traffic.count(link.hello())
+      self._machine.connected(link, link.hello())
+    beside = []
+    if len(self._balancers) > 1:
+      beside.append(asyncio.ensure_future(self._fleet.watch()))
+    if self._sample_seconds is not None:
+      beside.append(asyncio.ensure_future(self._sample(self._sample_seconds)))
+    learning = asyncio.ensure_future(learner.run(run.steps))
+    try:
+      await asyncio.gather(self._machine.run(), learning)
+    finally:
+      for task in (*beside, learning):
+        task.cancel()
+      await asyncio.gather(*beside, learning, return_exceptions=True)
+      for link in links:
+        await link.close()
+      await self._fleet.close()
+    return self._made()
+
+  def _made(self) -> dict[str, Any]:
+    return report.make(
+      self._run,
+      self._given,
+      watch=self._watch,
+      traffic=self._traffic,
+      usages=list(zip(self._before, self._after, strict=True)),
+      warm_up=self._warm_up,
+      samples=self._samples,
+      counts=self._scheduler.accounting.counts(),
+      events=self._watch.events
+      + self._traffic.messages.total()
+      + sum(one.events for one in self._servers.values()),
+    )
+
+  def _workers(self) -> tuple[list[workers.Worker], list[balance.Balancer]]:
+    run, given = self._run, self._given
+    count = max(1, run.num_workers)
+    sharing = count if given.clients.shared_balance else 1
+    balancers = [
+      balance.Balancer(
+        (),
+        run.max_concurrency * sharing,
+        max_waiting=10_000 * sharing,
+        max_wait_seconds=run.wait_seconds,
+        spill=run.spill_requests,
+      )
+      for _ in range(count // sharing)
+    ]
+    sizes = dict(run.sizes)
+    for name in run.environment_weights:
+      if tasks := given.environment(name).tasks:
+        sizes[f"{name}/train"] = tasks
+    drawn = attempts.Attempts(
+      given,
+      list(run.environment_weights),
+      max_new_tokens=run.max_new_tokens,
+      max_tokens=run.max_tokens,
+    )
+    links = [
+      workers.Worker(
+        f"worker_{index}",
+        sizes=sizes,
+        drawn=drawn,
+        balancer=balancers[index % len(balancers)],
+        hears=index < len(balancers),
+        servers=self._servers,
+        send=self._received,
+        traffic=self._traffic,
+        watch=self._watch,
+        message_seconds=given.clients.message_seconds,
+        write_seconds_per_token=given.clients.write_seconds_per_token,
+      )
+      for index in range(count)
+    ]
+    return links, balancers
+
+  def _make_scheduler(self, sizes: Mapping[str, int]) -> scheduler.Scheduler:
+    run = self._run
+    sampler = difficulty.TaskSampler(sizes, run.environment_weights, run.pools, run.scheduler.seed)
+    self._scheduler = scheduler.Scheduler(run.scheduler, sampler, run.group_filters, run.credit)
+    self._scheduler.accounting = watching.Ledger(self._watch)
+    return self._scheduler
+
+  def _received(self, name: str, message: messages.FromWorker) -> None:
+    if isinstance(message, messages.RolloutSummary):
+      self._watch.finished(message)
+    self._machine.received(name, message)
+
+  async def _commit(self, learner: trainer.Trainer, manifest: types.Manifest) -> None:
+    rollout_log.check_manifest(manifest, manifest.step)
+    self._watch.event("committed", {"step": manifest.step, "loss_tokens": manifest.loss_tokens})
+    await learner.commit(manifest)
+
+  def _report(self, step: int, row: Mapping[str, float]) -> None:
+    self._watch.rows[step] = dict(row)
+    if self._progress is not None:
+      self._progress(step, self._loop.time())
+
+  def _server_metrics(self) -> Mapping[str, float]:
+    total = sum(one.usage.retracted for one in self._servers.values())
+    since, self._retracted = total - self._retracted, total
+    return {"servers": float(len(self._servers)), "reprefilled_tokens/retracted": float(since)}
+
+  def _stepped(self, step: int) -> None:
+    if step == self._warm_up:
+      self._before = self._usages()
+    if step == self._run.steps:
+      self._after = self._usages()
+
+  def _usages(self) -> list[server.Usage]:
+    return [copy.copy(one.settle()) for one in self._servers.values()]
+
+  async def _sync(self, version: int) -> weight_sync.SyncReport:
+    started = self._loop.time()
+    await asyncio.sleep(self._given.sync.verify_seconds)
+    servers = await self._fleet.sync(version)
+    if not self._before:
+      self._before = self._usages()
+    seconds = self._loop.time() - started
+    return weight_sync.report(version, self._run.sync_mode, 1.0, servers, seconds)
+
+  async def _bring(
+    self, url: str, version: int, unusable: Callable[[weight_sync.ServerSync], None]
+  ) -> weight_sync.ServerSync:
+    del unusable  # no load fails
+    sync, one, started = self._given.sync, self._servers[url], self._loop.time()
+    load_seconds = sync.load_seconds + self._delays[url]
+    await asyncio.sleep(sync.pause_seconds)
+    one.pause()
+    try:
+      await asyncio.sleep(load_seconds)
+      one.load(version, flush=self._run.sync_mode == "retract")
+      await asyncio.sleep(sync.resume_seconds)
+    finally:
+      one.resume()
+    await asyncio.sleep(sync.canary_seconds)
+    self._watch.synced(version, url, started)
+    parts = {
+      "pause": sync.pause_seconds,
+      "load": load_seconds,
+      "resume": sync.resume_seconds,
+      "first_token": sync.canary_seconds,
+    }
+    return weight_sync.ServerSync(url, None, self._loop.time() - started, parts)
+
+  async def _sample(self, seconds: float) -> None:
+    while True:
+      servers = self._servers.values()
+      self._samples.append(
+        (
+          self._loop.time(),
+          [one.running for one in servers],
+          [one.waiting for one in servers],
+          sum(balancer.waiting for balancer in self._balancers),
+        )
+      )
+      await asyncio.sleep(seconds)
