@@ -6,6 +6,8 @@ give the same order of events in every process.
 """
 
 import asyncio
+import heapq
+import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -14,6 +16,20 @@ T = TypeVar("T")
 
 class Stuck(RuntimeError):
   """Every coroutine waits for something that no timer will bring, or the horizon was passed."""
+
+
+class _Timer(asyncio.TimerHandle):
+  """A timer that rings after those set before it for the same second.
+
+  A heap of asyncio's own keeps no order among them: what was sent first could come last.
+  """
+
+  number = 0
+
+  def __lt__(self, other: object) -> bool:
+    if not isinstance(other, _Timer):
+      return NotImplemented
+    return (self.when(), self.number) < (other.when(), other.number)
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -28,6 +44,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     super().__init__()
     self.horizon = horizon
     self._now = 0.0
+    self._numbers = itertools.count()
     self._selector = self  # BaseEventLoop waits in `select`
     self._clock_resolution = 1e-9  # timers up to so far ahead are due
     self.fault: BaseException | None = None
@@ -36,6 +53,16 @@ class VirtualLoop(asyncio.BaseEventLoop):
   def time(self) -> float:
     """Virtual seconds since the loop was made."""
     return self._now
+
+  def call_at(  # type: ignore[override]
+    self, when: float, callback: Any, *args: Any, context: Any = None
+  ) -> asyncio.TimerHandle:
+    """Calls back at a virtual second, in the order of the calls where it is the same one."""
+    timer = _Timer(when, callback, args, self, context)
+    timer.number = next(self._numbers)
+    heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+    timer._scheduled = True  # type: ignore[attr-defined]
+    return timer
 
   def select(self, timeout: float | None) -> list[Any]:
     """Goes on to the next timer instead of waiting for it."""

@@ -73,3 +73,18 @@ def test_an_exception_nobody_awaits_is_raised():
 
   with pytest.raises(RuntimeError, match="lost"):
     clock.run(main())
+
+
+def test_what_rings_at_the_same_second_keeps_its_order():
+  async def main():
+    loop, seen = asyncio.get_running_loop(), []
+    for number in range(30):
+      loop.call_at(1.0, seen.append, number)
+    for number in range(30, 60):
+      loop.call_later(0.5 + number / 100, seen.append, number)
+    dropped = loop.call_at(1.0, seen.append, "dropped")
+    dropped.cancel()
+    await asyncio.sleep(2.0)
+    return seen
+
+  assert clock.run(main()) == [*range(30, 50), *range(30), *range(50, 60)]
