@@ -1,0 +1,204 @@
+"""The same run on many clusters, or with many settings: what changes, and what becomes of it.
+
+Place in the ring: beside it; `tools.simulate_sweep` runs these and draws them with `plots`. Every
+variant draws the same attempts (`attempts`), so that differences are not those of the draws.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from intellect3.simulation import scenario as scenarios
+from intellect3.simulation import settings as settings_lib
+from intellect3.simulation import throughput
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One place of a sweep.
+
+  Attributes:
+    label: what is changed, to what; unique in its sweep.
+    x: where it is drawn.
+    series: the line that it belongs to.
+    run: the run's settings.
+    scenario: the cluster.
+  """
+
+  label: str
+  x: float
+  series: str
+  run: settings_lib.RunSettings
+  scenario: scenarios.Scenario
+
+
+def splits(
+  run: settings_lib.RunSettings,
+  given: scenarios.Scenario,
+  trainer_nodes: Sequence[int],
+  *,
+  nodes: int,
+) -> list[Variant]:
+  """The same nodes divided otherwise; a server takes as many nodes as it does in the scenario.
+
+  The trainer's time for a token falls as its nodes grow; that more of them also wait longer for
+  each other is left out.
+
+  Args:
+    run: the run.
+    given: with `trainer.devices` and `servers.devices` of it.
+    trainer_nodes: of the trainer, for each variant.
+    nodes: all together, each of as many devices as a server has.
+
+  Raises:
+    ValueError: nothing is left for the servers.
+  """
+  per_node = given.servers.devices
+  variants = []
+  for count in trainer_nodes:
+    if not 0 < count < nodes:
+      raise ValueError(f"trainer_nodes: expected from 1 to {nodes - 1}, got {count}")
+    slower = given.trainer.devices / (count * per_node)
+    changed = dataclasses.replace(
+      given,
+      servers=dataclasses.replace(given.servers, count=nodes - count),
+      trainer=dataclasses.replace(
+        given.trainer,
+        seconds_per_token=given.trainer.seconds_per_token * slower,
+        devices=count * per_node,
+      ),
+    )
+    label = f"{count} : {nodes - count}"
+    variants.append(Variant(label, count, "trainer nodes", run, changed))
+  return variants
+
+
+def in_flight(
+  run: settings_lib.RunSettings, given: scenarios.Scenario, counts: Sequence[int]
+) -> list[Variant]:
+  """Other numbers of rollouts running at once; the clients' slots grow with them."""
+  variants = []
+  for count in counts:
+    slots = max(run.max_concurrency, -(-count // max(1, run.num_workers)))
+    changed = dataclasses.replace(
+      run,
+      scheduler=dataclasses.replace(run.scheduler, max_rollouts_in_flight=count),
+      max_concurrency=slots,
+    )
+    variants.append(Variant(f"{count:,} in flight", count, "rollouts in flight", changed, given))
+  return variants
+
+
+def staleness(
+  run: settings_lib.RunSettings,
+  given: scenarios.Scenario,
+  bounds: Sequence[int],
+  rules: Sequence[str] = ("drop", "mask"),
+) -> list[Variant]:
+  """Other bounds on staleness under each rule."""
+  return [
+    Variant(
+      f"{rule}, at most {bound}",
+      bound,
+      rule,
+      dataclasses.replace(
+        run,
+        scheduler=dataclasses.replace(
+          run.scheduler, max_off_policy_steps=bound, staleness_rule=rule
+        ),
+      ),
+      given,
+    )
+    for rule in rules
+    for bound in bounds
+  ]
+
+
+def segments(
+  run: settings_lib.RunSettings,
+  given: scenarios.Scenario,
+  tokens: Sequence[int],
+  modes: Sequence[str] = ("in_place", "retract"),
+) -> list[Variant]:
+  """Other lengths of what is asked for at once, under each mode of the weight sync."""
+  return [
+    Variant(
+      f"{mode}, segments of {count:,}",
+      count,
+      mode,
+      dataclasses.replace(run, segment_tokens=count, sync_mode=mode),
+      given,
+    )
+    for mode in modes
+    for count in tokens
+  ]
+
+
+def lengths(
+  run: settings_lib.RunSettings,
+  given: scenarios.Scenario,
+  medians: Sequence[float],
+  sigmas: Sequence[float],
+) -> list[Variant]:
+  """Other log-normal lengths in every environment."""
+  variants = []
+  for sigma in sigmas:
+    for median in medians:
+      environments = {
+        name: dataclasses.replace(
+          environment,
+          lengths=dataclasses.replace(
+            environment.lengths, median=median, sigma=sigma, empirical=()
+          ),
+        )
+        for name, environment in given.environments.items()
+      }
+      changed = dataclasses.replace(given, environments=environments)
+      label = f"median {median:g}, sigma {sigma:g}"
+      variants.append(Variant(label, median, f"sigma {sigma:g}", run, changed))
+  return variants
+
+
+def with_steps(run: settings_lib.RunSettings, steps: int) -> settings_lib.RunSettings:
+  """The run, so many steps long and without evaluations."""
+  changed = dataclasses.replace(run.scheduler, steps=steps)
+  return dataclasses.replace(run, scheduler=changed, evaluation_tasks=0)
+
+
+def simulate(
+  variants: Sequence[Variant],
+  *,
+  warm_up_steps: int,
+  progress: Callable[[int, Variant], None] = lambda done, variant: None,
+) -> list[dict[str, Any]]:
+  """Simulates each variant, and keeps the row of its figures.
+
+  Args:
+    variants: of one sweep.
+    warm_up_steps: left out of the figures.
+    progress: is told how many are done and which is next.
+  """
+  rows = []
+  for done, variant in enumerate(variants):
+    progress(done, variant)
+    report = throughput.simulate(variant.run, variant.scenario, warm_up_steps=warm_up_steps)
+    rows.append(
+      {"label": variant.label, "x": variant.x, "series": variant.series, **figures(report)}
+    )
+  return rows
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, float]:
+  """The figures of a report that a sweep shows."""
+  return {
+    "step_seconds": report["step_seconds"]["mean"],
+    "trainer_idle_share": report["trainer_idle_share"],
+    "inference_idle_share": report["inference_idle_share"],
+    "inference_paused_share": report["inference_paused_share"],
+    "mean_staleness": report["staleness"]["rollout_mean"],
+    "stale_share": report["stale_share"],
+    "longest_stale_share": report["by_length_decile"][-1]["stale_share"],
+    "masked_token_share": report["masked_token_share"],
+    "trained_tokens_per_second": report["trained_tokens_per_second"],
+    "last_seconds_p99": report["groups"]["last_seconds"]["p99"],
+  }
