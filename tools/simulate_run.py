@@ -1,0 +1,156 @@
+"""How a run would go on a cluster that is not here: the production orchestrator, a virtual clock.
+
+    python -m tools.simulate_run --gin FILE [--gin FILE ..] [--set a.b=c ..] --scenario FILE
+        [--seed N] [--steps N] [--json OUT] [--trace OUT] [--sample-seconds S]
+
+The gin file says what the run's orchestrator and workers do, the scenario (TOML or JSON,
+docs/simulator.md) what servers, trainer and attempts are like. Nothing is started and jax is not
+imported. Progress goes to stderr. Exit code 1: the run does not reach its last step; 2: the
+configuration or the scenario is not fit.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments import gin_config
+from intellect3.rollouts.ports import RunFailed
+from intellect3.simulation import clock, scenario_file, throughput
+from tools import simulated_run
+
+
+def main(argv: list[str] | None = None) -> int:
+  arguments = _parser().parse_args(argv)
+  try:
+    run = simulated_run.read(gin_config.read(arguments.gin, arguments.bindings))
+    changes = {
+      name: value
+      for name, value in (("seed", arguments.seed), ("steps", arguments.steps))
+      if value is not None
+    }
+    run = dataclasses.replace(run, scheduler=dataclasses.replace(run.scheduler, **changes))
+    given = scenario_file.load(arguments.scenario)
+    if arguments.seed is not None:
+      given = dataclasses.replace(given, seed=arguments.seed)
+    with contextlib.ExitStack() as files:
+      trace = None
+      if arguments.trace is not None:
+        trace = files.enter_context(open(arguments.trace, "w", encoding="utf-8")).write
+      started = time.perf_counter()
+      report = throughput.simulate(
+        run,
+        given,
+        trace=trace,
+        progress=_progress(run.steps, started),
+        sample_seconds=arguments.sample_seconds,
+      )
+  except (gin_config.ConfigError, ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except (RunFailed, clock.Stuck) as error:
+    print(f"the run ends: {error}", file=sys.stderr)
+    return 1
+  report["wall_seconds"] = time.perf_counter() - started
+  if arguments.json is not None:
+    pathlib.Path(arguments.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
+  print(table(report))
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m tools.simulate_run",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--gin", action="append", required=True, metavar="FILE")
+  parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="bindings")
+  parser.add_argument("--scenario", required=True, metavar="FILE", help="the cluster")
+  parser.add_argument("--seed", type=int, help="of run and scenario; by default their own")
+  parser.add_argument("--steps", type=int, help="by default the run's")
+  parser.add_argument("--json", metavar="OUT", help="where the whole report goes")
+  parser.add_argument("--trace", metavar="OUT", help="where every event goes, as JSON lines")
+  parser.add_argument(
+    "--sample-seconds", type=float, help="virtual seconds between two entries of the timeline"
+  )
+  return parser
+
+
+def _progress(steps: int, started: float) -> Callable[[int, float], None]:
+  """Tells of every batch on stderr, at most a few times a second."""
+  told = [0.0]
+
+  def tell(step: int, seconds: float) -> None:
+    now = time.perf_counter()
+    if step == steps or now - told[0] > 0.5:
+      told[0] = now
+      spent = now - started
+      left = spent / step * (steps - step)
+      print(
+        f"batch {step} of {steps}, {seconds:,.0f} virtual s; {spent:.0f} s, {left:.0f} s to go",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  return tell
+
+
+def table(report: dict[str, Any]) -> str:
+  """The report's main figures as people read them."""
+  step, stale = report["step_seconds"], report["staleness"]
+  queues, groups = report["queues"], report["groups"]
+  told = report["orchestrator"]
+  rows = [
+    ("scenario", report["scenario"]),
+    ("steps (warm-up)", f"{report['steps']} ({report['warm_up_steps']})"),
+    ("virtual time", f"{report['virtual_seconds']:,.0f} s"),
+    ("step", f"mean {step['mean']:,.1f} s, median {step['p50']:,.1f}, p90 {step['p90']:,.1f}"),
+    ("trainer idle", f"{report['trainer_idle_share']:.1%}"),
+    (
+      "inference idle",
+      f"{report['inference_idle_share']:.1%}; paused {report['inference_paused_share']:.1%}, "
+      f"prefilling {report['inference_prefill_share']:.1%}",
+    ),
+    (
+      "tokens",
+      f"sampled {report['sampled_tokens_per_second']:,.0f} /s, "
+      f"trained {report['trained_tokens_per_second']:,.0f} /s",
+    ),
+    ("staleness", f"mean {stale['mean']:.2f} of tokens, max {stale['max']}"),
+    (
+      "lost to staleness",
+      f"{report['stale_share']:.2%} of rollouts dropped, "
+      f"{report['masked_token_share']:.2%} of tokens masked",
+    ),
+    (
+      "group's last rollout",
+      ", ".join(f"{name} {value:,.0f} s" for name, value in groups["last_seconds"].items()),
+    ),
+    (
+      "requests per server",
+      f"{queues['running_per_server']:.1f} running, {queues['waiting_per_server']:.1f} waiting, "
+      f"at most {queues['most_waiting']}",
+    ),
+    (
+      "orchestrator",
+      f"{told['messages_per_second']:,.1f} messages /s, {told['bytes_per_second']:,.0f} bytes /s",
+    ),
+    ("rollouts", ", ".join(f"{name} {count:,}" for name, count in report["accounting"].items())),
+    ("simulated in", f"{report['wall_seconds']:.1f} s, {report['events']:,} events"),
+  ]
+  if report["slow_segments"]:
+    rows.append(
+      ("beware", f"{report['slow_segments']:,} rollouts had a segment beyond the clients' time-out")
+    )
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

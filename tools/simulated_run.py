@@ -1,0 +1,115 @@
+"""A run's gin file -> `simulation.settings.RunSettings`: what its orchestrator and workers decide.
+
+Used by `tools.simulate_run`. Nothing of the run is started: no server, worker or trainer is made,
+and no weights are needed. Its environments are built, for the number of their tasks.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import gin
+
+from experiments import gin_config
+from intellect3.rl import checks, orchestrator, roles, worker
+from intellect3.rollouts import credit, difficulty, filters, scheduler
+from intellect3.simulation import settings
+
+
+def read(text: str, *, without_jax: bool = True) -> settings.RunSettings:
+  """The settings of a configuration.
+
+  Args:
+    text: of `gin_config.read`.
+    without_jax: whether this process is to run without jax from now on, as the orchestrator does;
+      False in one that has it already.
+
+  Raises:
+    gin_config.ConfigError: a binding is missing or wrong; one line.
+  """
+  gin_config.parse(text, without_jax=without_jax)
+  try:
+    return _settings()
+  except (ValueError, TypeError, OSError) as error:
+    raise gin_config.ConfigError(str(error).splitlines()[0]) from error
+
+
+def _settings() -> settings.RunSettings:
+  environments = checks.by_name(_value(roles.run, "environments"))
+  weights = _value(roles.run, "environment_weights") or dict.fromkeys(environments, 1.0)
+  checks.environment_weights(weights, environments)
+  chosen = {
+    name: _value(orchestrator.orchestrator, name)
+    for name in (
+      *("weights_lag", "evaluation_tasks", "sync_mode", "sync_patience_seconds"),
+      *("server_poll_seconds", "server_patience_seconds"),
+    )
+  }
+  clients = {
+    name: _value(worker.worker, name)
+    for name in (
+      *("max_new_tokens", "max_tokens", "max_concurrency", "segment_tokens", "spill_requests"),
+      *("wait_seconds", "timeout_seconds"),
+    )
+  }
+  group_credit = credit.Credit(
+    advantage_fn=_value(orchestrator.orchestrator, "advantage_fn"),
+    reward_fn=_value(orchestrator.orchestrator, "reward_fn"),
+  )
+  group_credit.check()
+  return settings.RunSettings(
+    scheduler=_scheduler(),
+    sizes={
+      f"{name}/{split}": environment.size(split)
+      for name, environment in environments.items()
+      for split in ("train", "eval")
+    },
+    environment_weights=weights,
+    pools=_value(orchestrator.orchestrator, "pools") or difficulty.Pools(),
+    group_filters=_value(orchestrator.orchestrator, "group_filters") or filters.Filters(),
+    credit=group_credit,
+    num_workers=_value(roles.run, "num_workers"),
+    **chosen,
+    **clients,
+  )
+
+
+def _scheduler() -> scheduler.Settings:
+  bound = {
+    name: _value(orchestrator.orchestrator, name)
+    for name in (
+      *("prompts_per_step", "rollouts_per_prompt", "max_rollouts_in_flight"),
+      *("staleness_rule", "temperature"),
+    )
+  }
+  return scheduler.Settings(
+    steps=_value(roles.run, "steps"),
+    max_off_policy_steps=_value(roles.run, "max_off_policy_steps"),
+    batch_order="dispatch" if _value(orchestrator.orchestrator, "deterministic") else "completion",
+    seed=_value(roles.run, "seed"),
+    **bound,
+  )
+
+
+def _value(function: Callable[..., Any], name: str) -> Any:
+  """What the file binds a parameter to, references followed; else the parameter's default."""
+  try:
+    bound = gin.get_bindings(function, resolve_references=False)
+  except ValueError:  # the file names nothing of it
+    bound = {}
+  if name in bound:
+    return _called(bound[name])
+  default = inspect.signature(function).parameters[name].default
+  if default is inspect.Parameter.empty:
+    raise ValueError(f"{function.__name__}.{name}: expected a binding, got none")
+  return default
+
+
+def _called(value: Any) -> Any:
+  """What references stand for: a configured function, or what that returns."""
+  if isinstance(value, list | tuple):
+    return [_called(part) for part in value]
+  if not hasattr(value, "scoped_configurable_fn"):
+    return value
+  function = value.scoped_configurable_fn
+  return function() if value.evaluate else function
