@@ -242,7 +242,7 @@ class Orchestrator:
     finally:
       self._syncing = False
     self._window.add_sync(report.seconds, report.metrics)
-    if not report.healthy and not report.lost:
+    if report.fenced and not report.healthy and not report.lost:
       reasons = "; ".join(report.fenced.values())
       raise RunFailed(f"no server is left after the sync of version {version}: {reasons}")
     while self._scheduler.version < version:  # all are lost; the first to come back brings it

@@ -1,0 +1,297 @@
+"""A second book of a run, kept by the tests: from what passes by, without the scheduler's code.
+
+It hears of every message to and from the workers and of every manifest, knows the rules of the
+contracts, and says where the orchestrator departs from them.
+"""
+
+import collections
+import copy
+import dataclasses
+
+import numpy as np
+
+from intellect3.rollouts import messages
+
+ENDED = ("trained", "filtered", "stale", "cancelled", "errored")
+OPEN = ("running", "finished")
+
+
+class Broken(AssertionError):
+  """The orchestrator has departed from a rule."""
+
+
+def expect(holds, what):
+  if not holds:
+    raise Broken(what)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """What a run is asked to do."""
+
+  steps: int = 3
+  prompts: int = 1
+  group: int = 2
+  off_policy: int = 1
+  in_flight: int = 8
+  rule: str = "drop"
+  order: str = "completion"
+  drop_zero: bool = True
+  drop_truncated: bool = False
+  decay: float | None = None  # of a moving baseline; None is the group's mean
+  pools: bool = False
+
+
+@dataclasses.dataclass
+class Attempt:
+  """A rollout of this life of the orchestrator."""
+
+  dispatch: messages.Dispatch
+  worker: str
+  version: int
+  fate: str = "running"
+  summary: messages.RolloutSummary | None = None
+
+
+@dataclasses.dataclass
+class Durable:
+  """What a restart finds again."""
+
+  next_step: int = 1
+  ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  trained: set = dataclasses.field(default_factory=set)
+  baselines: dict = dataclasses.field(default_factory=dict)
+
+
+class Ledger:
+  """See the module's docstring."""
+
+  def __init__(self, config):
+    self.config = config
+    self.dispatched = 0
+    self.landed = Durable()
+    self.begin()
+
+  def begin(self):
+    """A new life, from the last manifest that landed; all else was cancelled."""
+    self.now = copy.deepcopy(self.landed)
+    self.now.ended["cancelled"] = self.dispatched - sum(
+      count for fate, count in self.now.ended.items() if fate != "cancelled"
+    )
+    self.pending = None
+    self.version = self.served = -1  # the newest that was ever served; the newest that is
+    self.attempts = {}
+    self.groups = collections.defaultdict(list)
+    self.advantages = {}  # of the groups that are complete
+    self._compared_with = {}  # group -> baselines
+    self._rewards = {}  # group -> [(agent, reward)], of groups that finished since the last commit
+    self._credited = set()
+    self.fenced = {}
+
+  def started(self, dispatch, worker, load):
+    """A rollout was sent to a worker; `load` is what each connected worker runs."""
+    key = dispatch.rollout_id
+    expect(key not in self.attempts, f"rollout {key} is dispatched twice")
+    expect(key not in self.now.trained, f"rollout {key} was trained and is dispatched again")
+    expect(load[worker] == min(load.values()), f"{worker} gets {key} but others run fewer: {load}")
+    self.attempts[key] = Attempt(dispatch, worker, self.served)
+    members = self.groups[dispatch.group_id]
+    members.append(key)
+    first = self.attempts[members[0]].dispatch
+    expect((first.environment, first.index) == (dispatch.environment, dispatch.index), "two tasks")
+    self.dispatched += 1
+    running = self.count("running")
+    limit = self.config.in_flight
+    expect(running <= limit, f"{running} rollouts run, at most {limit} may")
+
+  def serve(self, version):
+    """The servers have this version, or there is none (-1)."""
+    self.version = max(self.version, version)
+    self.served = version if version >= 0 else self.served
+
+  def count(self, fate):
+    return sum(attempt.fate == fate for attempt in self.attempts.values())
+
+  def open_groups(self):
+    """Groups with a rollout in flight, in dispatch order."""
+    return [
+      g for g in sorted(self.groups) if any(self.attempts[k].fate in OPEN for k in self.groups[g])
+    ]
+
+  def poisoned(self, summary):
+    return any(summary.newest_version >= self.fenced.get(url, 1 << 60) for url in summary.servers)
+
+  def finished(self, worker, summary):
+    """A summary has arrived; says whether it counts."""
+    attempt = self.attempts.get(summary.rollout_id)
+    if attempt is None or attempt.fate != "running" or attempt.worker != worker:
+      return
+    if summary.error is not None or self.poisoned(summary):
+      attempt.fate = "errored"
+    else:
+      attempt.fate, attempt.summary = "finished", summary
+    self._score(attempt.dispatch.group_id)
+
+  def lost(self, keys):
+    """These were lost with their worker or their server."""
+    lost = [key for key in keys if self.attempts[key].fate in OPEN]
+    for key in lost:
+      self.attempts[key].fate, self.attempts[key].summary = "errored", None
+    for group in dict.fromkeys(self.attempts[key].dispatch.group_id for key in lost):
+      self._score(group)
+
+  def of_worker(self, worker):
+    return [key for key, attempt in self.attempts.items() if attempt.worker == worker]
+
+  def made_by(self, url, version):
+    return [
+      key
+      for key, attempt in self.attempts.items()
+      if attempt.fate == "finished"
+      and url in attempt.summary.servers
+      and attempt.summary.newest_version >= version
+    ]
+
+  def is_stale(self, summary):
+    oldest = self.now.next_step - 1 - self.config.off_policy
+    drop = self.config.rule == "drop"
+    return (summary.oldest_version if drop else summary.newest_version) < oldest
+
+  def forgotten(self, keys):
+    """The worker was told that these will not be batched."""
+    for key in keys:
+      attempt = self.attempts[key]
+      expect(attempt.fate != "running", f"rollout {key} is forgotten while it runs")
+      if attempt.fate == "finished":
+        complete = attempt.dispatch.group_id in self.advantages
+        expect(complete, f"rollout {key} is forgotten before its group is complete")
+        expect(self.is_stale(attempt.summary), f"rollout {key} is forgotten, and is not stale")
+        attempt.fate = "stale"
+
+  def _score(self, group):
+    members = [self.attempts[key] for key in self.groups[group]]
+    self.advantages.pop(group, None)
+    if len(members) < self.config.group or any(m.fate == "running" for m in members):
+      return
+    if group not in self._compared_with:
+      self._compared_with[group] = dict(self.now.baselines)
+    # Those that were filtered or stale have kept theirs: their rewards stay in the baseline.
+    kept = [m for m in members if m.summary is not None]
+    rewards = np.array([m.summary.reward for m in kept], np.float64)
+    if group not in self._credited:
+      self._rewards[group] = [(m.dispatch.environment, m.summary.reward) for m in kept]
+    given = self._advantages(rewards, self._compared_with[group], kept)
+    flat = given is None or (self.config.drop_zero and bool(np.all(np.abs(given) <= 1e-8)))
+    for member in kept:
+      cut = self.config.drop_truncated and member.summary.truncated
+      if member.fate == "finished" and (flat or cut or member.summary.sampled_tokens == 0):
+        member.fate = "filtered"
+    if not flat:
+      keys = [m.dispatch.rollout_id for m in kept]
+      self.advantages[group] = dict(zip(keys, given.tolist(), strict=True))
+
+  def _advantages(self, rewards, baselines, kept):
+    """float64[N] by hand, or None where there is nothing to compare with."""
+    if self.config.decay is None:
+      return rewards - rewards.sum() / len(rewards) if len(rewards) > 1 else None
+    if not len(rewards):
+      return None
+    agent = kept[0].dispatch.environment
+    if agent in baselines:
+      return rewards - baselines[agent]
+    if len(rewards) == 1:
+      return rewards  # its agent's first: compared with 0
+    return np.array([r - np.delete(rewards, i).mean() for i, r in enumerate(rewards)])
+
+  def batchable(self):
+    """Groups that could be batched now, by the rule of the order."""
+    fresh = lambda key: (  # noqa: E731
+      self.attempts[key].fate == "finished" and not self.is_stale(self.attempts[key].summary)
+    )
+    ready = []
+    for group in self.open_groups():
+      if group in self.advantages:
+        if any(map(fresh, self.groups[group])):
+          ready.append(group)
+      elif self.config.order == "dispatch":
+        break
+    return ready
+
+  def may_dispatch(self):
+    config, step = self.config, self.now.next_step
+    if self.version < 0 or step > config.steps:
+      return False
+    if self.count("running") + config.group > config.in_flight:
+      return False
+    return step + len(self.open_groups()) // config.prompts - 1 - self.version <= config.off_policy
+
+  def committed(self, manifest, items, oldest):
+    """A manifest is on its way to the disk; `items` are what its shards hold."""
+    step, config = manifest.step, self.config
+    expect(step == self.now.next_step, f"batch {step} follows batch {self.now.next_step - 1}")
+    expect(oldest == step - 1 - config.off_policy, f"batch {step} masks below version {oldest}")
+    keys = [item.rollout_id for item in items]
+    expect(len(keys) == len(set(keys)) == manifest.num_rollouts, f"batch {step} holds {keys}")
+    again = self.now.trained.intersection(keys)
+    expect(not again, f"batch {step} trains {again} again")
+    groups = {self.attempts[key].dispatch.group_id for key in keys}
+    expect(len(groups) == config.prompts == manifest.num_groups, f"batch {step} of groups {groups}")
+    for item in items:
+      attempt = self.attempts[item.rollout_id]
+      group = attempt.dispatch.group_id
+      name = f"rollout {item.rollout_id} of batch {step}"
+      expect(attempt.fate == "finished", f"{name} is {attempt.fate}")
+      expect(not self.is_stale(attempt.summary), f"{name} is stale: {attempt.summary}")
+      expect(group in self.advantages, f"{name} is of a group that is not complete")
+      due = self.advantages[group][item.rollout_id]
+      expect(abs(item.advantage - due) < 1e-9, f"{name}: advantage {item.advantage}, due {due}")
+    for group in groups:
+      for key in self.groups[group]:
+        fate = self.attempts[key].fate
+        expect(fate != "finished" or key in keys, f"batch {step} leaves {key} out of group {group}")
+    for key in keys:
+      self.attempts[key].fate = "trained"
+    self.now.trained.update(keys)
+    self._move(manifest.scheduler_state["baselines"])
+    self.now.next_step += 1
+    self.pending = copy.deepcopy(self.now)
+    self.pending.ended = self.counts()
+
+  def _move(self, told):
+    """Baselines after all rewards since the last commit; compared with the manifest's."""
+    if self.config.decay is not None:
+      rewards = collections.defaultdict(list)
+      for group in sorted(self._rewards):
+        for agent, reward in self._rewards[group]:
+          rewards[agent].append(reward)
+      for agent, given in rewards.items():
+        past = self.config.decay ** len(given)
+        mean = sum(given) / len(given)
+        before = self.now.baselines.get(agent, mean)
+        self.now.baselines[agent] = past * before + (1 - past) * mean
+    self._credited.update(self._rewards)
+    self._rewards = {}
+    due = self.now.baselines
+    same = due.keys() == dict(told).keys() and all(abs(due[k] - told[k]) < 1e-9 for k in due)
+    expect(same, f"baselines are {dict(told)}, due {due}")
+
+  def has_landed(self):
+    """The manifest on its way is on the disk."""
+    self.landed, self.pending = self.pending, None
+
+  def counts(self):
+    """How many ended how, over all lives."""
+    here = collections.Counter(a.fate for a in self.attempts.values() if a.fate in ENDED)
+    return self.now.ended + here
+
+  def check_accounting(self, counts):
+    """Contract 3, against counts that were made from the messages alone."""
+    ended = self.counts()
+    due = {
+      "dispatched": self.dispatched,
+      **{fate: ended[fate] for fate in ENDED},
+      "in_flight": self.count("running") + self.count("finished"),
+    }
+    total = sum(value for key, value in counts.items() if key != "dispatched")
+    expect(counts["dispatched"] == total, f"dispatched != ended + in flight: {counts}")
+    expect(counts == due, f"the accounting says {counts}, what passed by says {due}")
