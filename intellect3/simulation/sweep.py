@@ -159,6 +159,50 @@ def lengths(
   return variants
 
 
+def shrunk(
+  run: settings_lib.RunSettings, given: scenarios.Scenario, factor: int
+) -> tuple[settings_lib.RunSettings, scenarios.Scenario]:
+  """The same run on a part of the cluster, each of whose parts is as busy as before.
+
+  Batches, rollouts in flight, workers, servers and the trainer's devices are divided; a step takes
+  about as long, in a part of the time to simulate it. What does not shrink with it are tails: of
+  fewer rollouts the longest is shorter.
+
+  Raises:
+    ValueError: the factor does not divide them.
+  """
+  settings, workers = run.scheduler, max(1, run.num_workers)
+  for field, value in (
+    ("prompts_per_step", settings.prompts_per_step),
+    ("max_rollouts_in_flight", settings.max_rollouts_in_flight),
+    ("num_workers", workers),
+    ("servers.count", given.servers.count),
+    ("trainer.devices", given.trainer.devices),
+  ):
+    if factor < 1 or value % factor:
+      raise ValueError(f"factor: expected a divisor of {field} ({value}), got {factor}")
+  return (
+    dataclasses.replace(
+      run,
+      scheduler=dataclasses.replace(
+        settings,
+        prompts_per_step=settings.prompts_per_step // factor,
+        max_rollouts_in_flight=settings.max_rollouts_in_flight // factor,
+      ),
+      num_workers=workers // factor,
+    ),
+    dataclasses.replace(
+      given,
+      servers=dataclasses.replace(given.servers, count=given.servers.count // factor),
+      trainer=dataclasses.replace(
+        given.trainer,
+        seconds_per_token=given.trainer.seconds_per_token * factor,
+        devices=given.trainer.devices // factor,
+      ),
+    ),
+  )
+
+
 def with_steps(run: settings_lib.RunSettings, steps: int) -> settings_lib.RunSettings:
   """The run, so many steps long and without evaluations."""
   changed = dataclasses.replace(run.scheduler, steps=steps)

@@ -1,0 +1,273 @@
+"""What a run's settings and its cluster's split do to its steps: simulated, drawn, in tables.
+
+    python -m tools.simulate_sweep --gin FILE [--set a.b=c ..] --scenario FILE [--nodes 64]
+        [--steps 20] [--warm-up 10] [--shrink 4] [--only split,in_flight,..] [--out DIR]
+        [--into docs/simulator.md] [--mark sweeps]
+
+Sweeps (`--only` picks some): split (of the nodes between trainer and servers), in_flight, staleness
+(bound and rule), segments (length, and mode of the weight sync), lengths (how far the answer hangs
+on them), updates (in flight or not), timeline (a picture of steps of the whole cluster). A node has
+as many devices as a server. --shrink simulates a part of batch and cluster, in that part of the time.
+Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has between the page's
+lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to stderr.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments import gin_config
+from intellect3.simulation import plots, scenario, scenario_file, settings, sweep, throughput
+from tools import simulated_run
+
+SPLITS = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8)
+IN_FLIGHT = (0.5, 0.75, 1.0, 1.5, 2.0)
+BOUNDS = (1, 2, 4, 8, 16)
+SEGMENTS = (1024, 4096, 16384)
+LENGTHS = (0.5, 1.0, 2.0)
+SIGMAS = (0.6, 1.0)
+TIMELINE_STEPS = 3
+
+Base = tuple[settings.RunSettings, scenario.Scenario]
+
+
+def split(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """Shares of the nodes for the trainer."""
+  nodes = given.servers.count + given.trainer.devices // given.servers.devices
+  counts = dict.fromkeys(max(1, round(share * nodes)) for share in SPLITS)
+  return sweep.splits(run, given, list(counts), nodes=nodes)
+
+
+def in_flight(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """Multiples of the run's own number, at least a batch's groups of rollouts."""
+  most = run.scheduler.max_rollouts_in_flight
+  return sweep.in_flight(run, given, [round(most * factor) for factor in IN_FLIGHT])
+
+
+def staleness(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """Bounds under both rules."""
+  return sweep.staleness(run, given, BOUNDS)
+
+
+def segments(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """Lengths of a segment under both modes of the sync."""
+  return sweep.segments(run, given, SEGMENTS)
+
+
+def lengths(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """Medians around the scenario's."""
+  first = next(iter(given.environments.values())).lengths
+  return sweep.lengths(run, given, [first.median * factor for factor in LENGTHS], SIGMAS)
+
+
+def updates(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """The run's bound, one version, and none: then a batch is sampled, trained, and served again."""
+  bounds = (run.scheduler.max_off_policy_steps, 1, 0)
+  return sweep.staleness(run, given, bounds, (run.scheduler.staleness_rule,))
+
+
+SWEEPS: Mapping[str, Callable[..., list[sweep.Variant]]] = {
+  function.__name__: function
+  for function in (split, in_flight, staleness, segments, lengths, updates)
+}
+SHOWN = {
+  "split": ("nodes that train : serve", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
+  "in_flight": ("rollouts in flight", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
+  "staleness": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.LONGEST_DROPPED)),
+  "segments": ("tokens of a segment", (plots.STEP, plots.INFERENCE_IDLE, plots.STALENESS)),
+  "lengths": ("median of the lengths, tokens", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
+  "updates": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.INFERENCE_IDLE)),
+}
+"""By sweep: what its axis says, and its panels."""
+COLUMNS = (
+  ("step s", "step_seconds", "{:,.0f}"),
+  ("trainer idle", "trainer_idle_share", "{:.0%}"),
+  ("servers idle", "inference_idle_share", "{:.0%}"),
+  ("mean staleness", "mean_staleness", "{:.2f}"),
+  ("dropped", "stale_share", "{:.2%}"),
+  ("of the longest tenth", "longest_stale_share", "{:.1%}"),
+  ("tokens masked", "masked_token_share", "{:.2%}"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+  arguments = _parser().parse_args(argv)
+  try:
+    wanted = arguments.only.split(",") if arguments.only else [*SWEEPS, "timeline"]
+    unknown = sorted(set(wanted) - {*SWEEPS, "timeline"})
+    if unknown:
+      raise ValueError(f"--only: expected some of {[*SWEEPS, 'timeline']}, got {unknown}")
+    run = sweep.with_steps(
+      simulated_run.read(gin_config.read(arguments.gin, arguments.bindings)), arguments.steps
+    )
+    given = _on_nodes(scenario_file.load(arguments.scenario), arguments.nodes)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+      if name == "timeline":
+        _timeline(run, given, arguments.out, arguments.mark)
+      else:
+        _sweep(name, sweep.shrunk(run, given, arguments.shrink), arguments)
+    if arguments.into is not None:
+      page = arguments.into.read_text(encoding="utf-8")
+      arguments.into.write_text(
+        replaced(page, tables(arguments.out), arguments.mark), encoding="utf-8"
+      )
+  except (gin_config.ConfigError, ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m tools.simulate_sweep",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--gin", action="append", required=True, metavar="FILE")
+  parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="bindings")
+  parser.add_argument("--scenario", required=True, metavar="FILE")
+  parser.add_argument("--nodes", type=int, help="all; the servers get what the trainer leaves")
+  parser.add_argument("--steps", type=int, default=20, help="of each simulation")
+  parser.add_argument("--warm-up", type=int, default=10, help="of these, left out")
+  parser.add_argument("--shrink", type=int, default=1, help="simulate this part of the cluster")
+  parser.add_argument("--only", help="sweeps, with commas between; all by default")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/sweeps"))
+  parser.add_argument("--mark", default="sweeps", help="names pictures and the place in the page")
+  parser.add_argument("--into", type=pathlib.Path, help="a page with the two marks")
+  return parser
+
+
+def _on_nodes(given: scenario.Scenario, nodes: int | None) -> scenario.Scenario:
+  if nodes is None:
+    return given
+  left = nodes - given.trainer.devices // given.servers.devices
+  if left < 1:
+    raise ValueError(f"--nodes: expected more than {nodes - left}, the trainer's, got {nodes}")
+  return dataclasses.replace(given, servers=dataclasses.replace(given.servers, count=left))
+
+
+def _sweep(name: str, base: Base, arguments: argparse.Namespace) -> None:
+  run, given = base
+  variants = SWEEPS[name](run, given)
+  started = time.perf_counter()
+
+  def progress(done: int, variant: sweep.Variant) -> None:
+    spent = time.perf_counter() - started
+    print(f"{name}: {done} of {len(variants)}, {spent:.0f} s; {variant.label}", file=sys.stderr)
+
+  rows = sweep.simulate(variants, warm_up_steps=arguments.warm_up, progress=progress)
+  result = {
+    "name": name,
+    "scenario": given.name,
+    "servers": given.servers.count * arguments.shrink,
+    "steps": arguments.steps,
+    "warm_up": arguments.warm_up,
+    "shrink": arguments.shrink,
+    "chosen": _chosen(name, run, given),
+    "rows": rows,
+  }
+  text = json.dumps(result, indent=1) + "\n"
+  (arguments.out / f"{name}.json").write_text(text, encoding="utf-8")
+  draw(result, arguments.out / f"{arguments.mark}_{name}.png")
+
+
+def _chosen(name: str, run: settings.RunSettings, given: scenario.Scenario) -> float | None:
+  """Where the run file and the scenario stand in a sweep."""
+  return {
+    "split": given.trainer.devices // given.servers.devices,
+    "in_flight": run.scheduler.max_rollouts_in_flight,
+    "staleness": run.scheduler.max_off_policy_steps,
+    "updates": run.scheduler.max_off_policy_steps,
+    "segments": run.segment_tokens,
+    "lengths": next(iter(given.environments.values())).lengths.median,
+  }[name]
+
+
+def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws a sweep; places are those of the whole cluster, not of the part simulated."""
+  x_label, quantities = SHOWN[result["name"]]
+  factor = result["shrink"] if result["name"] in ("split", "in_flight") else 1
+  rows = [{**row, "x": row["x"] * factor} for row in result["rows"]]
+  ticks = None
+  if result["name"] == "split":
+    nodes = sum(int(part) for part in result["rows"][0]["label"].split(" : ")) * factor
+    ticks = {row["x"]: f"{row['x']:.0f} : {nodes - row['x']:.0f}" for row in rows}
+  figure = plots.sweep(
+    rows,
+    quantities,
+    title=f"{result['servers']} servers; {result['scenario']}"
+    if result["name"] != "split"
+    else result["scenario"],
+    x_label=x_label,
+    chosen=None if result["chosen"] is None else result["chosen"] * factor,
+    ticks=ticks,
+  )
+  figure.savefig(path, dpi=110)
+
+
+def _timeline(
+  run: settings.RunSettings, given: scenario.Scenario, out: pathlib.Path, mark: str
+) -> None:
+  def progress(step: int, seconds: float) -> None:
+    print(f"timeline: {step} of {run.steps} batches, {seconds:,.0f} virtual s", file=sys.stderr)
+
+  report = throughput.simulate(run, given, sample_seconds=10.0, progress=progress)
+  first = max(2, run.steps - 2 * TIMELINE_STEPS)
+  figure = plots.timeline(report, first=first, last=first + TIMELINE_STEPS - 1)
+  figure.savefig(out / f"{mark}_timeline.png", dpi=110)
+  kept = {key: value for key, value in report.items() if key not in ("timeline", "syncs", "rows")}
+  (out / "whole.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+
+
+def tables(directory: pathlib.Path) -> str:
+  """The tables of all sweeps that a directory holds, as Markdown."""
+  parts = []
+  for name in SWEEPS:
+    file = directory / f"{name}.json"
+    if not file.exists():
+      continue
+    result = json.loads(file.read_text(encoding="utf-8"))
+    part = "" if result["shrink"] == 1 else f", a part of 1 in {result['shrink']}"
+    steps = f"{result['steps']} steps, {result['warm_up']} of them warm-up{part}"
+    lines = [
+      f"**{name}** ({result['servers']} servers; {steps}):",
+      "",
+      "| " + " | ".join(["", *(title for title, _, _ in COLUMNS)]) + " |",
+      "| --- " * (len(COLUMNS) + 1) + "|",
+    ]
+    for row in result["rows"]:
+      cells = [form.format(row[key]) for _, key, form in COLUMNS]
+      lines.append("| " + " | ".join([_whole(row, result), *cells]) + " |")
+    parts.append("\n".join(lines))
+  return "\n\n".join(parts)
+
+
+def _whole(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+  """A row's label for the whole cluster."""
+  factor = result["shrink"]
+  if result["name"] == "split":
+    return " : ".join(str(int(part) * factor) for part in row["label"].split(" : "))
+  return f"{row['x'] * factor:,.0f} in flight" if result["name"] == "in_flight" else row["label"]
+
+
+def replaced(page: str, text: str, mark: str) -> str:
+  """The page with the text between its marks.
+
+  Raises:
+    ValueError: a page without both marks, once each and in order.
+  """
+  begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+  if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+    raise ValueError(f"page: expected the lines {begin} and {end} once each, in this order")
+  head, rest = page.split(begin)
+  return f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":
+  sys.exit(main())
