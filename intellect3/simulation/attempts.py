@@ -13,7 +13,7 @@ from intellect3.rollouts import messages
 from intellect3.simulation import scenario
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Turn:
   """One turn of an attempt.
 
@@ -28,7 +28,7 @@ class Turn:
   sampled: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Attempt:
   """A rollout as it will turn out.
 
@@ -67,6 +67,7 @@ class Attempts:
     max_tokens: int,
   ) -> None:
     self._seed = given.seed
+    self._rng = random.Random()  # seeded for each attempt
     self._environments: Mapping[str, scenario.Environment] = {
       name: given.environment(name) for name in names
     }
@@ -88,7 +89,8 @@ class Attempts:
     """The attempt that a dispatch turns out to be."""
     environment = self._environments[dispatch.environment]
     common, solved = self._task(environment, dispatch)
-    rng = random.Random(dispatch.seed ^ (self._seed << 64))
+    rng = self._rng
+    rng.seed(dispatch.seed ^ self._seed)
     share = environment.lengths.task_share
     normal = math.sqrt(share) * common + math.sqrt(1.0 - share) * rng.gauss()
     wanted = length(environment.lengths, normal)
@@ -97,20 +99,12 @@ class Attempts:
     sampled = max(turns, min(wanted, most, environment.lengths.maximum))
     failed = rng.random() < environment.error_rate
     reward = float(rng.random() < solved)
-    waits = [rng.expovariate(1.0) * environment.tool_seconds for _ in range(turns - 1)]
-    return Attempt(
-      turns=tuple(
-        Turn(
-          waits[turn - 1] if turn else 0.0,
-          environment.turn_tokens if turn else environment.prompt_tokens,
-          sampled * (turn + 1) // turns - sampled * turn // turns,
-        )
-        for turn in range(turns)
-      ),
-      reward_seconds=environment.reward_seconds,
-      reward=None if failed else reward,
-      truncated=wanted > sampled,
-    )
+    drawn = [Turn(0.0, environment.prompt_tokens, sampled // turns)]
+    for turn in range(1, turns):
+      wait = rng.expovariate(1.0) * environment.tool_seconds
+      share_of_it = sampled * (turn + 1) // turns - sampled * turn // turns
+      drawn.append(Turn(wait, environment.turn_tokens, share_of_it))
+    return Attempt(drawn, environment.reward_seconds, None if failed else reward, wanted > sampled)
 
   def _task(
     self, environment: scenario.Environment, dispatch: messages.Dispatch

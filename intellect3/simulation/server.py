@@ -251,15 +251,17 @@ class Server:
   # Requests.
 
   def _end_segment(self, request: Request) -> None:
-    self._count(request, whole=True)
     taken = self._since - request.asked
     if taken > request.longest_segment:
       request.longest_segment = taken
-    if request.left and not self._waiting and not self._settings.latency_seconds:
-      request.asked = self._since  # the next segment, at once
-      request.segment = min(request.left, self._segment_tokens)
-      heapq.heappush(self._heap, (self._service + request.segment, request.order))
+    more = request.left - request.segment
+    if more and not self._waiting and not self._settings.latency_seconds:
+      request.asked = self._since  # the next segment, at once; counted when something changes
+      more = min(more, self._segment_tokens)
+      request.segment += more
+      heapq.heappush(self._heap, (self._service + more, request.order))
       return
+    self._count(request, whole=True)
     self._leave(request)
     request.known = request.context
     request.version = self.version

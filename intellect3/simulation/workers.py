@@ -107,14 +107,12 @@ class Worker:
   def _handle(self, message: messages.ToWorker) -> None:
     match message:
       case messages.Dispatch():
-        task = self._loop.create_task(self._run(message))
-        self._running[message.rollout_id] = task
-        task.add_done_callback(lambda _: self._running.pop(message.rollout_id, None))
+        self._running[message.rollout_id] = self._loop.create_task(self._run(message))
       case messages.Cancel(rollout_ids=ids):
         for rollout_id in ids:
           self._finished.pop(rollout_id, None)
           if rollout_id in self._running:
-            self._running[rollout_id].cancel()
+            self._running.pop(rollout_id).cancel()
       case messages.Forget(rollout_ids=ids):
         for rollout_id in ids:
           self._finished.pop(rollout_id, None)
@@ -179,6 +177,7 @@ class Worker:
     if dispatch.purpose == "train" and error is None:
       self._finished[dispatch.rollout_id] = context, made
     self._watch.attempted(longest)
+    del self._running[dispatch.rollout_id]
     self._send(
       messages.RolloutSummary(
         rollout_id=dispatch.rollout_id,
