@@ -16,6 +16,7 @@ first come, first served, and bounded: a slot that comes free goes to whoever wa
 """
 
 import asyncio
+import functools
 import hashlib
 import math
 from collections import deque
@@ -62,7 +63,7 @@ class Server:
   last_used: int = 0
   listed: bool = True
   fenced: str | None = None
-  requests: set[asyncio.Future] = field(default_factory=set)
+  requests: dict[asyncio.Future, None] = field(default_factory=dict)
 
   @property
   def open(self) -> bool:
@@ -74,10 +75,6 @@ class Server:
     """Requests there, running or waiting, of everybody."""
     return self.in_flight + self.others
 
-  def has_room(self, most: int, now: float) -> bool:
-    """Whether it would take one more request, of at most `most`."""
-    return self.in_flight + 1 <= min(most, self.room) and self.full_until <= now
-
 
 def home_of(key: str, urls: Iterable[str]) -> str | None:
   """The server that a key belongs to; the same for everybody who sees the same servers.
@@ -85,6 +82,11 @@ def home_of(key: str, urls: Iterable[str]) -> str | None:
   Of the keys of a server that leaves each goes to another server of its own, and one that joins
   takes its share of all (rendezvous hashing).
   """
+  return _home_of(key, tuple(urls))
+
+
+@functools.lru_cache(maxsize=1024)  # the members of a group come one after the other
+def _home_of(key: str, urls: tuple[str, ...]) -> str | None:
   return max(
     urls,
     key=lambda url: hashlib.blake2b(f"{key}\0{url}".encode(), digest_size=8).digest(),
@@ -112,15 +114,24 @@ def choose(
   Returns:
     A server with room, or None where there is none.
   """
-  able = [server for server in servers if server.open and server.has_room(room, now)]
-  able = [server for server in able if server.blocked_until <= now] or able
-  if not able:
-    return None
-  least = min(able, key=lambda server: (server.load, server.last_used))
-  for server in able:
-    if server.url == home and server.load <= SPILL_FACTOR * least.load + spill:
-      return server
-  return least
+  best = at_home = None
+  first: tuple[bool, int, int] | None = None
+  for server in servers:  # one pass, since every request of a run comes by here
+    taken = server.in_flight
+    if not server.listed or server.fenced is not None or server.full_until > now:
+      continue
+    if taken + 1 > room or taken + 1 > server.room:
+      continue
+    rank = server.blocked_until > now, taken + server.others, server.last_used
+    if server.url == home:
+      at_home = server, rank
+    if first is None or rank < first:
+      best, first = server, rank
+  if first is None or at_home is None:
+    return best
+  server, (blocked, load, _) = at_home
+  near = blocked == first[0] and load <= SPILL_FACTOR * first[1] + spill
+  return server if near else best
 
 
 @dataclass(eq=False)
@@ -212,7 +223,7 @@ class Balancer:
     server = self._servers.setdefault(url, Server(url))
     if server.fenced is None:
       server.fenced = reason
-      for request in server.requests:
+      for request in list(server.requests):
         request.cancel()
 
   def admit(self, url: str) -> None:
@@ -261,10 +272,10 @@ class Balancer:
     Raises:
       NoServers: no slot came free in time, or too many wait already.
     """
-    urls = [server.url for server in self.open]
-    home = prefer if prefer in urls else None
+    preferred = self._servers.get(prefer) if prefer is not None else None
+    home = prefer if preferred is not None and preferred.open else None
     if home is None and affinity is not None:
-      home = home_of(affinity, urls)
+      home = home_of(affinity, [server.url for server in self.open])
     if (server := self._choose(home)) is not None:
       return self._take(server)
     if self.waiting >= self._max_waiting:

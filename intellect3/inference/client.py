@@ -342,7 +342,7 @@ class ServerPool:
     limit = self._timeout_seconds + self._grace_seconds
     url = f"{server.url}/generate"
     request = asyncio.ensure_future(self._transport.request("POST", url, body, limit + 1.0))
-    server.requests.add(request)
+    server.requests[request] = None
     abort: asyncio.Future | None = None
     try:
       in_time = bool((await asyncio.wait({request}, timeout=self._timeout_seconds))[0])
@@ -362,7 +362,7 @@ class ServerPool:
       status, answer = request.result()
       return status, answer, in_time
     finally:
-      server.requests.discard(request)
+      server.requests.pop(request, None)
       for task in (request, abort):
         if task is not None:
           task.cancel()
@@ -380,7 +380,8 @@ class ServerPool:
 
   def _check_unfenced(self, pieces: Sequence[Generation]) -> None:
     """Refuses tokens of a server that was fenced after it made them."""
-    for url in {url for piece in pieces for url in piece.servers or (piece.server,)}:
+    made_by = (url for piece in pieces for url in piece.servers or (piece.server,))
+    for url in dict.fromkeys(made_by):
       if reason := self._balancer.fence_reason(url):
         raise ServerFenced(f"{url}: {reason}")
 

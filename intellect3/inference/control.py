@@ -8,6 +8,7 @@ since a probe of a paused server hangs and leaves it marked unhealthy.
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,14 @@ T = TypeVar("T")
 
 class ControlError(Exception):
   """A server refused a control call."""
+
+
+class ServerBusy(ControlError):
+  """A server has no room for a call now (503): back-pressure, and no fault of its."""
+
+
+BUSY_SECONDS = 0.2
+"""Between two attempts at a server without room."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,8 @@ class Outcome(Generic[T]):
     value: its answer; None where the call failed.
     error: why it failed, or None.
     seconds: how long it took, on the event loop's clock.
-    answered: whether there was an answer at all; one that refuses is an answer.
+    answered: whether there was an answer at all; one that refuses is an answer, one that has no
+      room is none.
   """
 
   value: T | None
@@ -75,6 +85,7 @@ class ServerControl:
     vocab_size: int,
     timeout_seconds: float = 600.0,
     look_timeout_seconds: float = 5.0,
+    client: str | None = None,
   ):
     """Makes a control; nothing is sent yet.
 
@@ -84,6 +95,7 @@ class ServerControl:
       vocab_size: ids at or above it are not sent.
       timeout_seconds: for one control call.
       look_timeout_seconds: for each question of `look`.
+      client: tells its requests from those of others at the same servers; None: the process's id.
     """
     for name, value in (
       ("timeout_seconds", timeout_seconds),
@@ -99,6 +111,7 @@ class ServerControl:
     self._fenced: dict[str, str] = {}
     self._paused: dict[str, str] = {}
     self._tells_load: dict[str, bool] = {}
+    self._client = str(os.getpid()) if client is None else client
     self._calls = itertools.count()
 
   @property
@@ -228,7 +241,7 @@ class ServerControl:
     new_tokens: int = 0,
     urls: Sequence[str] | None = None,
   ) -> dict[str, Outcome[Scores]]:
-    """Logprobs of a prompt at temperature 1.
+    """Logprobs of a prompt at temperature 1; a server without room is asked until it has some.
 
     Args:
       ids: the prompt.
@@ -244,12 +257,12 @@ class ServerControl:
     async def call(url: str) -> Scores:
       request = protocol.GenerateRequest(
         input_ids=[int(token) for token in ids],
-        rid=f"score-{next(self._calls)}-{os.getpid()}",
+        rid=f"score-{next(self._calls)}-{self._client}",
         sampling_params=protocol.SamplingParams(max_new_tokens=new_tokens, temperature=0.0),
         logprob_start_len=0,
         extra_key=extra_key,
       )
-      answer = await self.post(url, "/generate", protocol.encode(request))
+      answer = await self._once_there_is_room(url, "/generate", protocol.encode(request))
       reply = protocol.decode(answer, protocol.GenerateReply)
       return Scores(
         logprobs=protocol.parse_scores(reply, request),
@@ -280,15 +293,20 @@ class ServerControl:
 
     return await self.on_each(call, urls)
 
-  async def look(self, url: str) -> Outcome[tuple[int, load.ServerLoad]]:
-    """The version that a server has, and how busy it is."""
+  async def look(self, url: str) -> Outcome[tuple[int | None, load.ServerLoad]]:
+    """The version that a server has, and how busy it is.
+
+    The version is None where the server's word for it is none of ours: somebody else started it.
+    """
 
     async def ask(path: str) -> bytes:
       return await self._ask("GET", url, path, None, self._look_timeout_seconds)
 
-    async def call(url: str) -> tuple[int, load.ServerLoad]:
+    async def call(url: str) -> tuple[int | None, load.ServerLoad]:
       model = protocol.decode(await ask("/model_info"), protocol.ModelInfo)
-      version = protocol.parse_version(model.weight_version)
+      version: int | None = None
+      with contextlib.suppress(protocol.ProtocolError):
+        version = protocol.parse_version(model.weight_version)
       if self._tells_load.get(url, True):
         info = protocol.decode(await ask("/server_info"), load.ServerInfo)
         self._tells_load[url] = info.tells_load
@@ -309,7 +327,7 @@ class ServerControl:
       try:
         value = await call(url)
       except (TransportError, ControlError, protocol.ProtocolError) as error:
-        answered = not isinstance(error, TransportError)
+        answered = not isinstance(error, TransportError | ServerBusy)
         return Outcome(None, f"{type(error).__name__}: {error}", clock() - started, answered)
       return Outcome(value, None, clock() - started)
 
@@ -324,10 +342,22 @@ class ServerControl:
     """
     return await self._ask("POST", url, path, body, self._timeout_seconds)
 
+  async def _once_there_is_room(self, url: str, path: str, body: Mapping[str, Any]) -> bytes:
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + self._timeout_seconds
+    while True:
+      try:
+        return await self.post(url, path, body)
+      except ServerBusy:
+        if clock() + BUSY_SECONDS > deadline:
+          raise
+      await asyncio.sleep(BUSY_SECONDS)
+
   async def _ask(
     self, method: str, url: str, path: str, body: Mapping[str, Any] | bytes | None, timeout: float
   ) -> bytes:
     status, answer = await self._transport.request(method, f"{url}{path}", body, timeout)
     if status != 200:
-      raise ControlError(f"{path}: {status} {protocol.error_message(answer)}")
+      kind = ServerBusy if status == 503 else ControlError
+      raise kind(f"{path}: {status} {protocol.error_message(answer)}")
     return answer

@@ -112,7 +112,7 @@ class Fleet:
     self._version: int | None = None
     self._members: dict[str, _Member] = {}
     self._told: Mapping[str, int] | None = None
-    self._tasks: set[asyncio.Task] = set()
+    self._tasks: dict[asyncio.Task, None] = {}  # in order, as a set is not
     self._counted: dict[str, int] = {}
     self._reconcile()
 
@@ -150,13 +150,13 @@ class Fleet:
       if member.state in ("joining", "serving")
     }
     results: list[ServerSync] = []
-    pending = set(tasks)
+    pending = list(tasks)
     deadline: float | None = None
     while pending:
       limit = None if deadline is None else max(0.0, deadline - clock())
-      done, pending = await asyncio.wait(
-        pending, timeout=limit, return_when=asyncio.FIRST_COMPLETED
-      )
+      finished, _ = await asyncio.wait(pending, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+      done = [task for task in pending if task in finished]
+      pending = [task for task in pending if task not in finished]
       results += [task.result() for task in done]
       if deadline is None and any(result.ok for result in results):
         deadline = started + max(self._settings.patience_seconds, 3.0 * (clock() - started))
@@ -194,7 +194,7 @@ class Fleet:
 
   async def close(self) -> None:
     """Ends what is on its way."""
-    for task in self._tasks:
+    for task in list(self._tasks):
       task.cancel()
     await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -297,10 +297,12 @@ class Fleet:
       for member in self._members.values()
       if member.state == "serving" and not member.lock.locked()
     ]
+    asked = [member.version for member in members]
     outcomes = await asyncio.gather(*(self._control.look(member.url) for member in members))
     loads: dict[str, tuple[int, int]] = {}
-    for member, outcome in zip(members, outcomes, strict=True):
-      if member.state != "serving" or member.lock.locked():
+    for member, before, outcome in zip(members, asked, outcomes, strict=True):
+      # What it said before it was synced says nothing of it now.
+      if member.state != "serving" or member.lock.locked() or member.version != before:
         continue
       if outcome.value is None:
         # An answer that tells nothing is a sign of life, and no reason to prefer or avoid it.
@@ -311,7 +313,8 @@ class Fleet:
       member.misses = 0
       version, load = outcome.value
       if version != member.version:
-        self._lose(member, f"serves v{version}, was brought v{member.version}: restarted?")
+        has = "weights of no version" if version is None else f"v{version}"
+        self._lose(member, f"serves {has}, was brought v{member.version}: restarted?")
         continue
       loads[member.url] = (load.running, load.waiting)
       self._count(member, load)
@@ -337,8 +340,11 @@ class Fleet:
       self._told = versions
       self._watcher.servers(versions)
 
+  def _forget(self, task: asyncio.Task) -> None:
+    self._tasks.pop(task, None)
+
   def _spawn(self, work: Awaitable) -> asyncio.Task:
     task = asyncio.ensure_future(work)
-    self._tasks.add(task)
-    task.add_done_callback(self._tasks.discard)
+    self._tasks[task] = None
+    task.add_done_callback(self._forget)
     return task

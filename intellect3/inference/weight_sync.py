@@ -179,6 +179,7 @@ async def sync_server(
   canary: Canary,
   bound: float,
   unusable: Callable[[ServerSync], None] = lambda result: None,
+  nonce: str | None = None,
 ) -> ServerSync:
   """Brings weights to one server and checks them; fences nothing.
 
@@ -191,6 +192,7 @@ async def sync_server(
     canary: prompt and trainer's logprobs.
     bound: largest absolute difference of a logprob, e.g. 1e-4 at float32.
     unusable: is told of a failed load while the server is still paused.
+    nonce: part of the canary's cache key, never used before; None draws one.
 
   Returns:
     How it went; no failure of the server raises.
@@ -199,6 +201,7 @@ async def sync_server(
     ValueError: a bad argument; nothing was sent.
   """
   check(version=version, mode=mode, bound=bound)
+  nonce = secrets.token_hex(8) if nonce is None else nonce
   clock = asyncio.get_running_loop().time
   started = clock()
   parts: dict[str, float] = {}
@@ -231,9 +234,9 @@ async def sync_server(
     note("resume", (await control.resume(urls=[url]))[url])
   difference = None
   if not reasons:
-    # The random part keeps the key fresh also when a version is synced again after a restart:
-    # scores from a cache filled by other weights would prove nothing.
-    key = f"canary-{version}-{secrets.token_hex(8)}"
+    # The nonce keeps the key fresh also when a version is synced again after a restart: scores
+    # from a cache filled by other weights would prove nothing.
+    key = f"canary-{version}-{nonce}"
     scores = await control.score(canary.ids, extra_key=key, new_tokens=1, urls=[url])
     scored = note("first_token", scores[url])
     if scored.value is not None:

@@ -1,22 +1,15 @@
 """The orchestrator role: scheduling, weight sync, batches. One asyncio process, no jax."""
 
 import asyncio
-import contextlib
-import logging
 import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from intellect3 import rollout_log, summary, telemetry, types
-from intellect3.inference import fleet, transport
+from intellect3.inference import fleet
 from intellect3.losses import advantages
-from intellect3.rl import checks, serving
+from intellect3.rl import checks, conducting, outside, serving
 from intellect3.rl.roles import Main, NotStarted, Shared
 from intellect3.rollouts import credit, difficulty, filters, link, scheduler
-from intellect3.rollouts import orchestrator as orchestrator_lib
-from intellect3.weights import manifest as manifests
-
-logger = logging.getLogger(__name__)
 
 
 def orchestrator(
@@ -45,6 +38,7 @@ def orchestrator(
   server_start_seconds: float = 600.0,
   server_poll_seconds: float = 2.0,
   server_patience_seconds: float = 600.0,
+  start: Callable[[conducting.Parts], None] | None = None,
 ) -> Main:
   """Builds the orchestrator.
 
@@ -79,6 +73,7 @@ def orchestrator(
     server_start_seconds: how long servers may take to answer at the start.
     server_poll_seconds: how often to look at the servers, and at the list of them (`servers.txt`).
     server_patience_seconds: how long the run waits for one to come back when there is none.
+    start: conducts what is built here; None: in the run's directory, over HTTP.
 
   Raises:
     NotStarted, ValueError: a parameter is not fit.
@@ -136,58 +131,29 @@ def orchestrator(
 
   make_scheduler({name: e.size("train") for name, e in shared.environments.items()})  # its checks
 
-  async def run() -> None:
-    http = transport.HttpTransport()
-    published = asyncio.Event()
-    with _Reporter(shared) as reporter:
-      closing: list[Callable[[int], None]] = []
-      hands: list[serving.Serving] = []
-      orchestrator = orchestrator_lib.Orchestrator(
-        make_scheduler=make_scheduler,
-        ports=orchestrator_lib.Ports(
-          next_version=lambda version: _next_version(shared, published, version, weights_lag),
-          sync=lambda version: hands[0].sync(version),
-          commit=_committer(shared),
-          batch_committed=lambda step: closing[0](step),
-          dispatched=reporter.dispatched,
-          report=reporter.step,
-          report_evaluation=reporter.evaluation,
-          server_metrics=lambda: hands[0].metrics(),
-          status=reporter.status,
-        ),
-        num_workers=max(1, shared.num_workers),
-        steps=shared.steps,
-        seed=shared.seed,
-        server_patience_seconds=server_patience_seconds,
-        evaluation_tasks=evaluation_tasks,
-        scheduler_state=reporter.scheduler_state,
-        dispatched=reporter.dispatched_before,
-      )
-      server = link.OrchestratorServer(
-        orchestrator,
-        version_published=lambda version: published.set(),
-        batch_exists=lambda step: rollout_log.read_manifest(shared.log_dir, step) is not None,
-        poll_seconds=2.0,
-      )
-      closing.append(server.batch_committed)
-      hands.append(serving.Serving(shared, http, serving_settings, orchestrator))
-      host, _, port = shared.orchestrator_url.removeprefix("http://").rpartition(":")
-      await server.start(host, int(port))
-      local: link.InProcessLink | None = None
-      try:
-        reporter.status("starting servers", {})
-        await hands[0].start()
-        if shared.num_workers == 0:
-          local = link.InProcessLink(orchestrator, make_worker)
-        await _until_terminated(orchestrator.run())
-      finally:
-        if local is not None:
-          await local.close()
-        await hands[0].close()
-        await server.close()
-        await http.close()
+  parts = conducting.Parts(
+    shared=shared,
+    settings=conducting.Settings(
+      serving=serving_settings,
+      weights_lag=weights_lag,
+      evaluation_tasks=evaluation_tasks,
+      server_patience_seconds=server_patience_seconds,
+    ),
+    make_scheduler=make_scheduler,
+    make_worker=make_worker,
+  )
+  return lambda: (start or over_http)(parts)
 
-  return lambda: asyncio.run(run())
+
+def over_http(parts: conducting.Parts) -> None:
+  """Conducts a run in its directory, with its servers, until SIGTERM or its end."""
+
+  async def run() -> None:
+    beyond = outside.of_run(parts.shared)
+    door = conducting.socket_door(parts.shared, beyond.log.is_committed)
+    await _until_terminated(conducting.conduct(parts, beyond, door))
+
+  asyncio.run(run())
 
 
 async def _until_terminated(work: Any) -> None:
@@ -199,72 +165,3 @@ async def _until_terminated(work: Any) -> None:
     await task
   finally:
     loop.remove_signal_handler(signal.SIGTERM)
-
-
-async def _next_version(
-  shared: Shared, published: asyncio.Event, version: int, weights_lag: int
-) -> int:
-  """Waits for weights newer than `version`: told by the trainer, or seen in the directory."""
-  while True:
-    newest = manifests.latest(shared.weights_dir)
-    if newest is not None:
-      served = serving.served_version(newest, lag=weights_lag, steps=shared.steps)
-      if served > version:
-        return served
-    with contextlib.suppress(TimeoutError):
-      await asyncio.wait_for(published.wait(), timeout=0.5)
-    published.clear()
-
-
-def _committer(shared: Shared) -> Any:
-  async def commit(manifest: types.Manifest) -> None:
-    rollout_log.commit_manifest(shared.log_dir, manifest)
-
-  return commit
-
-
-class _Reporter:
-  """The orchestrator's metrics files and status, and what a resume finds of them."""
-
-  def __init__(self, shared: Shared) -> None:
-    self._run_dir = shared.run_dir
-    self._steps = telemetry.MetricsWriter(shared.run_dir, "orchestrator")
-    self._evaluations = telemetry.MetricsWriter(shared.run_dir, "evaluation")
-    self._dispatched = shared.log_dir / "dispatched"
-    self.scheduler_state: Mapping[str, Any] | None = None
-    self.dispatched_before = 0
-    if shared.resume:
-      if self._dispatched.exists():
-        self.dispatched_before = int(self._dispatched.read_text() or 0)
-      for name in rollout_log.remove_uncommitted(shared.log_dir):
-        logger.warning("removed %s: it was never committed", name)
-      committed = rollout_log.committed_steps(shared.log_dir)
-      last = committed[-1] if committed else 0
-      self._steps.truncate_after(last)
-      if last:
-        manifest = rollout_log.read_manifest(shared.log_dir, last)
-        assert manifest is not None
-        self.scheduler_state = manifest.scheduler_state
-
-  def __enter__(self) -> "_Reporter":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._steps.close()
-    self._evaluations.close()
-
-  def step(self, step: int, row: Mapping[str, float]) -> None:
-    self._steps.write(step, row)
-
-  def dispatched(self, total: int) -> None:
-    self._dispatched.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self._dispatched.with_suffix(".tmp")
-    temporary.write_text(str(total))
-    temporary.rename(self._dispatched)
-
-  def evaluation(self, version: int, row: Mapping[str, float]) -> None:
-    self._evaluations.write(version, row)
-
-  def status(self, phase: str, detail: Mapping[str, Any]) -> None:
-    logger.info("%s %s", phase, dict(detail))
-    summary.write_status(self._run_dir, phase, detail)

@@ -7,10 +7,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from intellect3.inference import control, fleet, tensor_sync, transport, weight_sync
-from intellect3.rl import checks
+from intellect3.rl import checks, outside
 from intellect3.rl.roles import NotStarted, Shared
 from intellect3.rl.servers import ServerList
-from intellect3.weights import manifest as manifests
 from intellect3.weights import tensors
 
 logger = logging.getLogger(__name__)
@@ -77,8 +76,25 @@ class Serving:
     http: transport.Transport,
     settings: Settings,
     watcher: fleet.Watcher,
+    *,
+    weights: outside.Weights | None = None,
+    wanted: Callable[[], Sequence[str]] | None = None,
+    nonce: Callable[[], str] = outside.nonce,
   ) -> None:
+    """Sends nothing yet.
+
+    Args:
+      shared: what the roles share.
+      http: carries the calls.
+      settings: see there.
+      watcher: is told of the servers.
+      weights: the published versions; None for those of the run directory.
+      wanted: the list of servers as of now; None for the run directory's, which is written.
+      nonce: see `outside.Outside`.
+    """
     self._shared = shared
+    self._weights = weights or outside.WeightsOnDisk(shared.weights_dir)
+    self._nonce = nonce
     self._settings = settings
     self._bound = settings.canary_bound
     self._prepared: dict[int, _Prepared] = {}
@@ -87,11 +103,12 @@ class Serving:
       shared.server_urls,
       vocab_size=shared.renderer.vocab_size,
       timeout_seconds=settings.timeout_seconds,
+      client=nonce(),
     )
     self._fleet = fleet.Fleet(
       self._control,
       bring=self._bring,
-      wanted=ServerList(shared.run_dir, shared.server_urls, shared.orchestrator_url),
+      wanted=wanted or ServerList(shared.run_dir, shared.server_urls, shared.orchestrator_url),
       watcher=watcher,
       settings=settings.fleet,
     )
@@ -132,9 +149,9 @@ class Serving:
     settings = self._settings
     clock = asyncio.get_running_loop().time
     started = clock()
-    directory = manifests.version_directory(self._shared.weights_dir, version).absolute()
+    directory = self._weights.directory(version)
     if settings.verify_fingerprints:
-      wrong = await asyncio.to_thread(manifests.verify, directory)
+      wrong = await self._weights.verify(version)
       if wrong:
         servers = self._fleet.refuse(version, _damage(directory, wrong))
         return weight_sync.report(version, settings.sync_mode, 0.0, servers, clock() - started)
@@ -168,7 +185,7 @@ class Serving:
     await self._fleet.close()
 
   def _prepare(self, version: int, directory: pathlib.Path) -> _Prepared:
-    manifest = manifests.read(self._shared.weights_dir, version)
+    manifest = self._weights.read(version)
     if self._settings.transport == "disk":
       load = weight_sync.from_disk(directory, version)
     else:
@@ -205,6 +222,7 @@ class Serving:
       canary=prepared.canary,
       bound=1.0 if self._bound is None else self._bound,
       unusable=unusable,
+      nonce=self._nonce(),
     )
 
   def _calibrate(self, version: int, servers: Sequence[weight_sync.ServerSync]) -> float:

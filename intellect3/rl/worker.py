@@ -34,6 +34,9 @@ def worker(
   grace_seconds: float = 10.0,
   wait_seconds: float = 600.0,
   token_weights: token_weights_lib.TokenWeights | None = None,
+  make_transport: Callable[[], transport.Transport] = transport.HttpTransport,
+  write_shard: worker_lib.ShardWriter = worker_lib.write_shard_in_thread,
+  show_samples: bool = True,
 ) -> Callable[[Callable[[messages.FromWorker], None]], worker_lib.Worker]:
   """Builds the factory of one worker.
 
@@ -55,6 +58,9 @@ def worker(
     wait_seconds: how long a generation may wait for a server with room.
     token_weights: from a record to its tokens' weights by loss component, as
       `token_weights.echo`; None: every loss-masked token has weight 1.
+    make_transport: how requests travel to the servers.
+    write_shard: how a shard of a batch gets on disk.
+    show_samples: whether one rollout of each batch is written to the run's `logs`, for people.
 
   Raises:
     NotStarted: a parameter is not fit.
@@ -78,7 +84,7 @@ def worker(
   environments = ", ".join(sorted(shared.environments))
 
   def make(send: Callable[[messages.FromWorker], None]) -> worker_lib.Worker:
-    http = transport.HttpTransport()
+    http = make_transport()
     pool = client.ServerPool(
       http,
       vocab_size=shared.renderer.vocab_size,
@@ -111,6 +117,7 @@ def worker(
       logger.info("%s ends", name)
 
     name = f"worker_{index}"
+    samples = _sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt")
     logger.info("%s starts: %s, orchestrator %s", name, environments, shared.orchestrator_url)
     return worker_lib.Worker(
       name,
@@ -120,7 +127,8 @@ def worker(
       send=send,
       log_dir=shared.log_dir,
       release=release,
-      write_sample=_sample_writer(shared, shared.run_dir / "logs" / f"samples_{name}.txt"),
+      write_shard=write_shard,
+      write_sample=samples if show_samples else None,
       token_weights=token_weights,
     )
 

@@ -72,6 +72,7 @@ class Orchestrator:
     self._commit_task: asyncio.Task[None] | None = None
     self._attempt = 0
     self._written: dict[str, asyncio.Future[types.ShardEntry]] = {}
+    self._newest = -1  # version that servers may have
     self._ending = False
     self._syncing = False
     self._collecting = False
@@ -175,6 +176,10 @@ class Orchestrator:
     if poisoned:
       self._forget([summary.rollout_id])
       summary = msgspec.structs.replace(summary, error=f"server fenced: {poisoned[0]}", reward=None)
+    elif summary.newest_version > self._newest:  # a server that tells of what nobody published
+      logger.error("rollout %d has tokens of v%d", summary.rollout_id, summary.newest_version)
+      self._forget([summary.rollout_id])
+      summary = msgspec.structs.replace(summary, error="version_unpublished", reward=None)
     assert self._scheduler is not None
     self._window.add_finished(summary)
     if summary.error is None:
@@ -235,7 +240,7 @@ class Orchestrator:
   async def _sync(self, version: int) -> int:
     """Waits for a newer version and brings it to the servers; returns it."""
     assert self._scheduler is not None
-    version = await self._ports.next_version(version)
+    version = self._newest = await self._ports.next_version(version)
     self._syncing = True  # no batch is planned on tokens whose weights are not yet checked
     try:
       report = await self._ports.sync(version)

@@ -1,0 +1,223 @@
+"""What the orchestrator role has outside its own memory: weights, log, list of servers, people.
+
+Place in the ring: composition. A run finds all of it in its directory (`of_run`); a simulator
+brings its own. Behind these the wiring of `rl.conducting` is the same.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import pathlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from intellect3 import rollout_log, summary, telemetry, types
+from intellect3.inference import transport
+from intellect3.rl.roles import Shared
+from intellect3.rl.servers import ServerList
+from intellect3.weights import manifest as manifests
+
+logger = logging.getLogger(__name__)
+
+
+class Weights(Protocol):
+  """The published versions."""
+
+  def latest(self) -> int | None:
+    """The newest, or None."""
+
+  def directory(self, version: int) -> pathlib.Path:
+    """Where servers read a version: an absolute path."""
+
+  def read(self, version: int) -> manifests.WeightsManifest:
+    """Its manifest; raises FileNotFoundError where it is not there (any more)."""
+
+  async def verify(self, version: int) -> Sequence[str]:
+    """What of its bytes is not as its manifest says."""
+
+
+class Log(Protocol):
+  """The RolloutLog's commits, and the count of dispatches beside it."""
+
+  def left(self) -> "Left":
+    """What a process before this one left; what it did not commit is removed."""
+
+  async def commit(self, manifest: types.Manifest) -> None:
+    """Makes a batch visible."""
+
+  def is_committed(self, step: int) -> bool:
+    """Whether a step's batch is visible."""
+
+  def dispatched(self, total: int) -> None:
+    """Keeps how many rollouts were dispatched in all."""
+
+
+class Reporter(Protocol):
+  """Who is told how the run goes."""
+
+  def step(self, step: int, row: Mapping[str, float]) -> None:
+    """Takes a step's metrics row."""
+
+  def evaluation(self, version: int, row: Mapping[str, float]) -> None:
+    """Takes the scores of an evaluation."""
+
+  def status(self, phase: str, detail: Mapping[str, Any]) -> None:
+    """Takes the phase that the run is in."""
+
+  def truncate_after(self, step: int) -> None:
+    """Drops the rows of later steps: they will be made again."""
+
+  def close(self) -> None:
+    """Ends it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Left:
+  """What a resume finds.
+
+  Attributes:
+    step: the last that was committed; 0 for none.
+    scheduler_state: of its manifest.
+    dispatched: rollouts dispatched in all.
+  """
+
+  step: int = 0
+  scheduler_state: Mapping[str, Any] | None = None
+  dispatched: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outside:
+  """All of it.
+
+  Attributes:
+    http: carries requests to servers.
+    weights: the published versions.
+    log: the batches.
+    servers: the list of servers as of now.
+    reporter: who is told.
+    nonce: a word that no process of this run has said before.
+  """
+
+  http: transport.Transport
+  weights: Weights
+  log: Log
+  servers: Callable[[], Sequence[str]]
+  reporter: Reporter
+  nonce: Callable[[], str]
+
+  def __enter__(self) -> "Outside":
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+  ) -> None:
+    self.reporter.close()
+
+
+def nonce() -> str:
+  """16 random hexadecimal digits."""
+  return secrets.token_hex(8)
+
+
+def of_run(shared: Shared) -> Outside:
+  """A run's own: its directory, and HTTP. Writes the list of servers."""
+  return Outside(
+    http=transport.HttpTransport(),
+    weights=WeightsOnDisk(shared.weights_dir),
+    log=LogOnDisk(shared.log_dir),
+    servers=ServerList(shared.run_dir, shared.server_urls, shared.orchestrator_url),
+    reporter=Files(shared.run_dir),
+    nonce=nonce,
+  )
+
+
+class WeightsOnDisk:
+  """Implements `Weights` over a directory."""
+
+  def __init__(self, weights_dir: pathlib.Path) -> None:
+    self._root = weights_dir
+
+  def latest(self) -> int | None:
+    """See Weights."""
+    return manifests.latest(self._root)
+
+  def directory(self, version: int) -> pathlib.Path:
+    """See Weights."""
+    return manifests.version_directory(self._root, version).absolute()
+
+  def read(self, version: int) -> manifests.WeightsManifest:
+    """See Weights."""
+    return manifests.read(self._root, version)
+
+  async def verify(self, version: int) -> Sequence[str]:
+    """See Weights; reads every byte, in a thread."""
+    return await asyncio.to_thread(manifests.verify, self.directory(version))
+
+
+class LogOnDisk:
+  """Implements `Log` over a directory."""
+
+  def __init__(self, log_dir: pathlib.Path) -> None:
+    self._root = log_dir
+    self._dispatched = log_dir / "dispatched"
+
+  def left(self) -> Left:
+    """See Log."""
+    total = int(self._dispatched.read_text() or 0) if self._dispatched.exists() else 0
+    for name in rollout_log.remove_uncommitted(self._root):
+      logger.warning("removed %s: it was never committed", name)
+    committed = rollout_log.committed_steps(self._root)
+    if not committed:
+      return Left(dispatched=total)
+    manifest = rollout_log.read_manifest(self._root, committed[-1])
+    assert manifest is not None
+    return Left(step=manifest.step, scheduler_state=manifest.scheduler_state, dispatched=total)
+
+  async def commit(self, manifest: types.Manifest) -> None:
+    """See Log."""
+    rollout_log.commit_manifest(self._root, manifest)
+
+  def is_committed(self, step: int) -> bool:
+    """See Log."""
+    return rollout_log.read_manifest(self._root, step) is not None
+
+  def dispatched(self, total: int) -> None:
+    """See Log."""
+    self._dispatched.parent.mkdir(parents=True, exist_ok=True)
+    temporary = self._dispatched.with_suffix(".tmp")
+    temporary.write_text(str(total))
+    temporary.rename(self._dispatched)
+
+
+class Files:
+  """Implements `Reporter`: metrics files, `status.json`, the role's log."""
+
+  def __init__(self, run_dir: pathlib.Path) -> None:
+    self._run_dir = run_dir
+    self._steps = telemetry.MetricsWriter(run_dir, "orchestrator")
+    self._evaluations = telemetry.MetricsWriter(run_dir, "evaluation")
+
+  def step(self, step: int, row: Mapping[str, float]) -> None:
+    """See Reporter."""
+    self._steps.write(step, row)
+
+  def evaluation(self, version: int, row: Mapping[str, float]) -> None:
+    """See Reporter."""
+    self._evaluations.write(version, row)
+
+  def status(self, phase: str, detail: Mapping[str, Any]) -> None:
+    """See Reporter."""
+    logger.info("%s %s", phase, dict(detail))
+    summary.write_status(self._run_dir, phase, detail)
+
+  def truncate_after(self, step: int) -> None:
+    """See Reporter."""
+    self._steps.truncate_after(step)
+
+  def close(self) -> None:
+    """See Reporter."""
+    self._steps.close()
+    self._evaluations.close()
