@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from intellect3.sharding import collectives
-from intellect3.sharding.rules import EXPERTS, Rules, mesh_axes, to_spec
+from intellect3.sharding.rules import EXPERTS, Rules, axes_of, mesh_axes, to_spec
 
 KEPT = ("heads", "kv_heads", "mlp", EXPERTS)
 """Logical axes that stay split: the layer works on its part of them."""
@@ -31,7 +31,6 @@ class Parallel:
     length: mesh axis of a row's tokens, or None.
     rows: mesh axes of the rows.
     dims: by parameter (`a/b/c`), the mesh axes that each dimension is gathered over.
-    reduce_dtype: dtype in which gradients are summed over the devices that gathered a parameter.
   """
 
   sizes: tuple[tuple[str, int], ...] = ()
@@ -41,7 +40,6 @@ class Parallel:
   length: str | None = None
   rows: tuple[str, ...] = ()
   dims: tuple[tuple[str, collectives.Dims], ...] = ()
-  reduce_dtype: str = "float32"
 
   def parts(self, axes: tuple[str, ...] | str | None) -> int:
     """In how many parts something over these mesh axes is split."""
@@ -69,7 +67,7 @@ class Parallel:
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
       name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
-      return collectives.gather(leaf, dims[name], dtype, self.reduce_dtype)
+      return collectives.gather(leaf, dims[name], dtype)
 
     return jax.tree_util.tree_map_with_path(one, params) if self.sizes else params
 
@@ -112,9 +110,7 @@ def divide(axes_tree: Any, sizes: Mapping[str, int], rules: Rules) -> Parallel:
     stacked = axes[:1] == ("layers",)
     spec = to_spec(axes, rules)
     gathered = tuple(
-      ()
-      if name in KEPT
-      else tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in above)
+      () if name in KEPT else tuple(axis for axis in axes_of(entry) if axis in above)
       for name, entry in zip(axes, spec, strict=True)
     )
     return jax.tree_util.keystr(path, simple=True, separator="/"), gathered[stacked:]

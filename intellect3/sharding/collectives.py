@@ -24,18 +24,18 @@ def size(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
   return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather(shard: jax.Array, dims: Dims, travel_dtype: str, reduce_dtype: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(shard: jax.Array, dims: Dims, travel_dtype: str) -> jax.Array:
   """A parameter from its shards, moved in a narrower dtype than it is kept in.
 
   Args:
     shard: this device's block.
     dims: for each dimension the mesh axes to gather it over; nothing moves where all are empty.
     travel_dtype: dtype of the gather.
-    reduce_dtype: dtype in which the gradient is summed and scattered.
 
   Returns:
-    The array in the shard's dtype, rounded to `travel_dtype` if it moved.
+    The array in the shard's dtype, rounded to `travel_dtype` if it moved. Its gradient is summed
+    and scattered in float32.
   """
   if not any(dims):
     return shard
@@ -46,14 +46,14 @@ def gather(shard: jax.Array, dims: Dims, travel_dtype: str, reduce_dtype: str) -
   return whole.astype(shard.dtype)
 
 
-def _gather_fwd(shard: jax.Array, dims: Dims, travel_dtype: str, reduce_dtype: str):
-  return gather(shard, dims, travel_dtype, reduce_dtype), None
+def _gather_fwd(shard: jax.Array, dims: Dims, travel_dtype: str):
+  return gather(shard, dims, travel_dtype), None
 
 
-def _gather_bwd(dims: Dims, travel_dtype: str, reduce_dtype: str, _: None, whole: jax.Array):
+def _gather_bwd(dims: Dims, travel_dtype: str, _: None, whole: jax.Array):
   if not any(dims):
     return (whole,)
-  shard = whole.astype(reduce_dtype)
+  shard = whole.astype(jnp.float32)
   for dim, axes in reversed(list(enumerate(dims))):
     if axes:
       shard = jax.lax.psum_scatter(shard, axes, scatter_dimension=dim, tiled=True)

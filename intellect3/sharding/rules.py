@@ -83,10 +83,14 @@ def serve() -> Rules:
   return SERVE
 
 
-def mesh_axes(name: str, rules: Rules) -> tuple[str, ...]:
-  """The mesh axes of one logical axis, outermost first; none where it is not split."""
-  entry = dict(rules).get(name)
+def axes_of(entry: Entry) -> tuple[str, ...]:
+  """The mesh axes of an entry of a table or of a PartitionSpec, outermost first."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def mesh_axes(name: str, rules: Rules) -> tuple[str, ...]:
+  """The mesh axes of one logical axis; none where it is not split."""
+  return axes_of(dict(rules).get(name))
 
 
 def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
@@ -118,7 +122,7 @@ def to_spec(logical_axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
     if name not in table:
       raise ValueError(f"logical axis: expected one of {sorted(table)}, got {name!r}")
     entry = table[name]
-    for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+    for mesh_axis in axes_of(entry):
       if mesh_axis in owner:
         raise ValueError(
           f"logical axes {tuple(logical_axes)}: expected one per mesh axis, got "

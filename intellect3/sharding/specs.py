@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from intellect3.sharding.rules import Rules, to_spec
+from intellect3.sharding.rules import Rules, axes_of, to_spec
 
 
 def tree_shardings(logical_tree: Any, shapes: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -37,7 +37,7 @@ def tree_shardings(logical_tree: Any, shapes: Any, mesh: Mesh, rules: Rules) -> 
     except ValueError as error:
       raise ValueError(f"{tensor} {tuple(leaf.shape)}: {error}") from error
     for name, size, entry in zip(logical_axes, leaf.shape, spec, strict=False):
-      mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+      mesh_axes = axes_of(entry)
       parts = math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes)
       if size % parts:
         problems.append(

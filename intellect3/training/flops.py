@@ -55,12 +55,6 @@ def train_flops(config: ModelConfig, *, tokens: int, attended_pairs: int) -> flo
   return 6.0 * active_matmul_params(config) * tokens + float(attention) * attended_pairs
 
 
-def train_flops_per_token(config: ModelConfig, context_length: int) -> float:
-  """`train_flops` per token of trajectories that are `context_length` tokens long."""
-  pairs = context_length * (context_length + 1) // 2
-  return train_flops(config, tokens=context_length, attended_pairs=pairs) / context_length
-
-
 def peak_flops(device: jax.Device | None = None) -> float:
   """The device's best rate in FLOP/s: from the table, or measured where it is not in it (a CPU)."""
   device = device or jax.local_devices()[0]

@@ -280,7 +280,7 @@ def _placement(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[tuple[str, ..
       f"no shard_map around, got rules {rules}, manual axes {mesh.manual_axes}"
     )
   entries = tables.to_spec(axes, rules)
-  every = ((entry,) if isinstance(entry, str) else entry or () for entry in entries)
+  every = (tables.axes_of(entry) for entry in entries)
   return tuple(tuple(axis for axis in entry if mesh.shape.get(axis, 1) > 1) for entry in every)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from intellect3.models import parallel, transformer
 from intellect3.models.config import ModelConfig
-from intellect3.sharding.rules import to_spec
+from intellect3.sharding.rules import axes_of, to_spec
 
 
 def division(config: ModelConfig) -> parallel.Parallel:
@@ -81,9 +81,7 @@ def sum_gradients(grads: Any, config: ModelConfig, division: parallel.Parallel) 
     return grads
 
   def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    named = [
-      axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())
-    ]
+    named = [axis for entry in spec for axis in axes_of(entry)]
     same = tuple(axis for axis in division.axes if axis not in named)
     return jax.lax.psum(leaf, same) if same else leaf
 
