@@ -1,4 +1,4 @@
-"""A step over four devices is the step of one: parameters, metrics, and where the state lies."""
+"""A step over eight devices is the step of one: parameters, metrics, and where the state lies."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from intellect3.sharding.rules import TRAIN_FSDP
 from intellect3.training import layout, optimizer
 
 
-def test_a_step_on_four_devices_is_the_step_of_one():
+def test_a_step_on_eight_devices_is_the_step_of_one():
   here = pathlib.Path(__file__).parent
   found = subprocess.run(
     [sys.executable, str(here / "layout_process.py")],
