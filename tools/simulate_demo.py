@@ -95,7 +95,7 @@ def compare(run_dir: pathlib.Path, *, first: int, block: int, steps: int) -> dic
   blocks = (run.steps - first + 1) // (2 * block)
   if blocks < 1:
     raise ValueError(
-      f"--first, --block: expected {first + 2 * block} steps, {run_dir} has {run.steps}"
+      f"--first, --block: expected {first + 2 * block - 1} steps, {run_dir} has {run.steps}"
     )
   measured, held_out = reality.alternate(first, first + 2 * blocks * block - 1, block)
   servers = _servers(run_dir, measured)

@@ -7,9 +7,9 @@
 Sweeps (`--only` picks some): split (of the nodes between trainer and servers), in_flight, staleness
 (bound and rule), segments (length, and mode of the weight sync), lengths (how far the answer hangs
 on them), updates (in flight or not), timeline (a picture of steps of the whole cluster). A node has
-as many devices as a server. --shrink simulates a part of batch and cluster, in that part of the time.
-Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has between the page's
-lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to stderr.
+as many devices as a server. --shrink simulates a part of batch and cluster, in that part of the
+time. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has between the
+page's lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to stderr.
 """
 
 import argparse

@@ -51,9 +51,8 @@ def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:
   if not sampled["seconds"]:
     raise ValueError("report: expected a timeline (sample_seconds), got none")
   if first - 1 not in marks or last not in marks:
-    raise ValueError(
-      f"steps: expected within {min(marks) + 1} to {max(marks)}, got {first}, {last}"
-    )
+    known = f"{min(marks) + 1} to {max(marks)}"
+    raise ValueError(f"first, last: expected steps within {known}, got {first}, {last}")
   begun, ended = marks[first - 1]["ended"], marks[last]["ended"]
   figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
   bars, running, spread = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.6, 1.6))
