@@ -59,6 +59,7 @@ class WorkerDouble:
         keys = [item.rollout_id for item in message.items]
         self._world.tell(f"  {self.name}: write {keys} of batch {message.step}")
         expect(self.held >= set(keys), f"{self.name} holds {self.held}, is to write {keys}")
+        expect(self._world.syncing is None, "a batch is planned while weights are synced")
         self.writes.append(message)
         self._world.asked(self.name, message)
       case messages.Servers(versions=versions):
@@ -250,6 +251,11 @@ class World:
   @property
   def over(self):
     return self.task.done()
+
+  @property
+  def done(self):
+    """Whether the run has come to its end, and not to a failure."""
+    return self.over and self.task.exception() is None
 
   def _check(self):
     if self.over:

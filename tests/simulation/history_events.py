@@ -285,7 +285,7 @@ class History(World):
   def finish_everything(self):
     """All faults are over. The run comes to its end in bounded time, whatever went before."""
     for turn in range(60 * (self.config.steps + 1)):
-      if self.over and self.task.exception() is None:
+      if self.done:
         return
       if self.over:
         self.restart(False)

@@ -20,11 +20,11 @@ MANY = int(os.environ.get("HISTORIES", "3000"))
 
 configs = st.builds(
   Config,
-  steps=st.integers(2, 6),
-  prompts=st.integers(1, 2),
+  steps=st.integers(3, 8),
+  prompts=st.integers(1, 3),
   group=st.integers(2, 3),
   off_policy=st.integers(0, 2),
-  in_flight=st.sampled_from([3, 6, 12, 24]),
+  in_flight=st.sampled_from([12, 24, 6, 3]),
   rule=st.sampled_from(["drop", "mask"]),
   order=st.sampled_from(["completion", "dispatch"]),
   drop_zero=st.booleans(),
@@ -32,26 +32,63 @@ configs = st.builds(
   decay=st.sampled_from([None, 0.5]),
   pools=st.booleans(),
 )
-some = st.integers(0, 7)
-FAULTS = ("leave", "restart", "server_lost", "wait")
+which = st.integers(0, 7)
+spans = st.sampled_from(["old", "spanning", "fresh"])
+patterns = st.integers(0, (1 << 12) - 1)
+
+ARGUMENTS = {
+  "turn": st.tuples(which, st.integers(1, 24), patterns, spans),
+  "finish": st.tuples(
+    which,
+    st.integers(1, 6),
+    patterns,
+    st.sampled_from(["ok", "error", "truncated", "empty"]),
+    spans,
+    st.booleans(),
+  ),
+  "bring": st.tuples(which, st.sampled_from(["ok", "ok", "lost", "fenced"])),
+  "hear": st.tuples(which, st.booleans()),
+  "write": st.tuples(which, st.sampled_from(["ok", "ok", "ok", "late", "fails"])),
+  "land": st.tuples(st.sampled_from(["ok", "ok", "ok", "fails", "torn"])),
+  "train": st.tuples(st.integers(1, 3)),
+  "join": st.tuples(),
+  "ghost": st.tuples(),
+  "leave": st.tuples(which),
+  "server_lost": st.tuples(which, st.booleans()),
+  "server_back": st.tuples(which),
+  "wait": st.tuples(st.sampled_from([1.0, 60.0, 101.0])),
+  "restart": st.tuples(st.booleans()),
+}
+FAULTS = ("leave", "server_lost", "wait", "restart")
+"""Events that are one in six at most: else nothing would ever be trained."""
 
 
-def when(holds):
-  """Of an event that can happen where this holds of the history, while the run goes on."""
-  return stateful.precondition(lambda self: not self.history.over and bool(holds(self.history)))
-
-
-def rarely(holds):
-  """The same, and there were not too many faults of late: else nothing is ever trained."""
-  return stateful.precondition(
-    lambda self: (
-      not self.history.over and bool(holds(self.history)) and 10 * self.faults < self.events
+def possible(history, calm):
+  """The events that fit the moment, the likelier ones several times; no fault where it is calm."""
+  links = history.links.values()
+  if history.over:
+    return ["restart"]
+  return [
+    name
+    for name, times in (
+      ("turn", 3),
+      ("join", 2 * (len(history.links) < len(history.names))),
+      ("bring", 2 * (history.syncing is not None)),
+      ("leave", bool(links)),
+      ("wait", 1),
+      ("server_lost", bool(history.told)),
+      ("restart", 1),
+      ("server_back", None in history.served.values()),
+      ("ghost", bool(history.ghosts)),
+      ("write", 2 * any(link.writes for link in links)),
+      ("land", 2 * (history.landing is not None)),
+      ("train", bool(history.untrained)),
+      ("hear", any(link.unheard for link in links)),
+      ("finish", 2 * any(link.running for link in links)),
     )
-  )
-
-
-def anyone(attribute):
-  return when(lambda history: any(getattr(link, attribute) for link in history.links.values()))
+    for _ in range(int(times))
+    if not (calm and name in FAULTS)
+  ]
 
 
 class Histories(stateful.RuleBasedStateMachine):
@@ -59,6 +96,8 @@ class Histories(stateful.RuleBasedStateMachine):
 
   make = None
   history = None
+  broken = False
+  events = faults = 0
 
   @stateful.initialize(
     config=configs, workers=st.integers(1, 3), servers=st.integers(1, 2), up=st.booleans()
@@ -66,112 +105,27 @@ class Histories(stateful.RuleBasedStateMachine):
   def begin(self, config, workers, servers, up):
     given = {} if self.make is None else {"make": self.make}
     self.history = History(config, workers=workers, servers=servers, **given)
-    self.broken, self.events, self.faults = False, 0, 0
     for _ in range(workers if up else 0):
       self.do("join")
     for _ in range(servers if up else 0):
       self.do("bring", 0, "ok")
 
-  def do(self, event, *arguments):
+  @stateful.rule(data=st.data())
+  def happen(self, data):
+    if self.history.done:
+      return
+    calm = 6 * self.faults >= self.events
+    event = data.draw(st.sampled_from(possible(self.history, calm)), label="event")
     self.events += 1
     self.faults += event in FAULTS
+    self.do(event, *data.draw(ARGUMENTS[event], label="arguments"))
+
+  def do(self, event, *arguments):
     try:
       getattr(self.history, event)(*arguments)
     except BaseException:
       self.broken = True
       raise
-
-  @when(lambda history: len(history.links) < len(history.names))
-  @stateful.rule()
-  def join(self):
-    self.do("join")
-
-  @when(lambda history: history.syncing is not None)
-  @stateful.rule(which=some, how=st.sampled_from(["ok", "ok", "ok", "lost", "fenced"]))
-  def bring(self, which, how):
-    self.do("bring", which, how)
-
-  @anyone("running")
-  @stateful.rule(
-    which=some,
-    count=st.sampled_from([1, 2, 3, 6]),
-    pattern=st.integers(0, 63),
-    kind=st.sampled_from(["ok", "ok", "ok", "error", "truncated", "empty"]),
-    span=st.sampled_from(["old", "fresh", "spanning"]),
-    late=st.booleans(),
-  )
-  def finish(self, which, count, pattern, kind, span, late):
-    self.do("finish", which, count, pattern, kind, span, late)
-
-  @anyone("running")
-  @stateful.rule(which=some, count=st.integers(1, 12), pattern=st.integers(0, 63))
-  def finish_many(self, which, count, pattern):
-    self.do("finish", which, count, pattern, "ok", "old", False)
-
-  @when(lambda history: True)
-  @stateful.rule(
-    which=some,
-    count=st.integers(1, 12),
-    pattern=st.integers(0, 63),
-    span=st.sampled_from(["old", "fresh", "spanning"]),
-  )
-  def turn(self, which, count, pattern, span):
-    self.do("turn", which, count, pattern, span)
-
-  @when(lambda history: history.untrained)
-  @stateful.rule()
-  def weights(self):
-    self.do("new_weights")
-
-  @anyone("unheard")
-  @stateful.rule(which=some, twice=st.booleans())
-  def hear(self, which, twice):
-    self.do("hear", which, twice)
-
-  @anyone("writes")
-  @stateful.rule(which=some, how=st.sampled_from(["ok", "ok", "ok", "late", "fails"]))
-  def write(self, which, how):
-    self.do("write", which, how)
-
-  @when(lambda history: history.landing is not None)
-  @stateful.rule(how=st.sampled_from(["ok", "ok", "ok", "fails", "torn"]))
-  def land(self, how):
-    self.do("land", how)
-
-  @when(lambda history: history.untrained)
-  @stateful.rule(count=st.integers(1, 3))
-  def train(self, count):
-    self.do("train", count)
-
-  @rarely(lambda history: history.links)
-  @stateful.rule(which=some)
-  def leave(self, which):
-    self.do("leave", which)
-
-  @when(lambda history: history.ghosts)
-  @stateful.rule()
-  def ghost(self):
-    self.do("ghost")
-
-  @rarely(lambda history: history.told)
-  @stateful.rule(which=some, fenced=st.booleans())
-  def server_lost(self, which, fenced):
-    self.do("server_lost", which, fenced)
-
-  @when(lambda history: None in history.served.values())
-  @stateful.rule(which=some)
-  def server_back(self, which):
-    self.do("server_back", which)
-
-  @rarely(lambda history: True)
-  @stateful.rule(seconds=st.sampled_from([1.0, 1.0, 10.0, 60.0, 101.0]))
-  def wait(self, seconds):
-    self.do("wait", seconds)
-
-  @stateful.precondition(lambda self: self.history.over or 10 * self.faults < self.events)
-  @stateful.rule(ghosts=st.booleans())
-  def restart(self, ghosts):
-    self.do("restart", ghosts)
 
   def teardown(self):
     if self.history is None:
@@ -184,7 +138,7 @@ class Histories(stateful.RuleBasedStateMachine):
 
 
 def search(machine, *, examples, steps, shrink=True):
-  phases = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])]
+  """Raises what the smallest history found raises."""
   stateful.run_state_machine_as_test(
     machine,
     settings=hypothesis.settings(
@@ -193,16 +147,16 @@ def search(machine, *, examples, steps, shrink=True):
       deadline=None,
       derandomize=True,
       database=None,
-      phases=phases,
+      phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])],
       suppress_health_check=list(hypothesis.HealthCheck),
     ),
   )
 
 
 def test_every_history_keeps_the_contracts_and_ends():
-  search(Histories, examples=150, steps=40)
+  search(Histories, examples=120, steps=50)
 
 
 @pytest.mark.slow
 def test_many_long_histories_keep_the_contracts_and_end():
-  search(Histories, examples=MANY, steps=80)
+  search(Histories, examples=MANY, steps=100)
