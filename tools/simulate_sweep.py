@@ -5,11 +5,12 @@
         [--into docs/simulator.md] [--mark sweeps]
 
 Sweeps (`--only` picks some): split (of the nodes between trainer and servers), in_flight, staleness
-(bound and rule), segments (length, and mode of the weight sync), lengths (how far the answer hangs
-on them), updates (in flight or not), timeline (a picture of steps of the whole cluster). A node has
-as many devices as a server. --shrink simulates a part of batch and cluster, in that part of the
-time. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has between the
-page's lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to stderr.
+(bound and rule), segments (length, and mode of the weight sync), lengths and slower (how far the
+answer hangs on lengths and rates), updates (in flight or not), timeline (a picture of steps of the
+whole cluster). A node has as many devices as a server. --shrink simulates a part of batch and
+cluster, in that part of the time. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of
+all that DIR has between the page's lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to
+stderr.
 """
 
 import argparse
@@ -31,6 +32,7 @@ BOUNDS = (1, 2, 4, 8, 16)
 SEGMENTS = (1024, 4096, 16384)
 LENGTHS = (0.5, 1.0, 2.0)
 SIGMAS = (0.6, 1.0)
+SLOWER = (1.0, 2.0, 3.0)
 TIMELINE_STEPS = 3
 
 Base = tuple[settings.RunSettings, scenario.Scenario]
@@ -65,6 +67,11 @@ def lengths(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.V
   return sweep.lengths(run, given, [first.median * factor for factor in LENGTHS], SIGMAS)
 
 
+def slower(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
+  """Rates below the scenario's."""
+  return sweep.slower(run, given, SLOWER)
+
+
 def updates(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.Variant]:
   """The run's bound, one version, and none: then a batch is sampled, trained, and served again."""
   bounds = (run.scheduler.max_off_policy_steps, 1, 0)
@@ -73,7 +80,7 @@ def updates(run: settings.RunSettings, given: scenario.Scenario) -> list[sweep.V
 
 SWEEPS: Mapping[str, Callable[..., list[sweep.Variant]]] = {
   function.__name__: function
-  for function in (split, in_flight, staleness, segments, lengths, updates)
+  for function in (split, in_flight, staleness, segments, lengths, slower, updates)
 }
 SHOWN = {
   "split": ("nodes that train : serve", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
@@ -81,6 +88,7 @@ SHOWN = {
   "staleness": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.LONGEST_DROPPED)),
   "segments": ("tokens of a segment", (plots.STEP, plots.INFERENCE_IDLE, plots.STALENESS)),
   "lengths": ("median of the lengths, tokens", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
+  "slower": ("times as slow as assumed", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
   "updates": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.INFERENCE_IDLE)),
 }
 """By sweep: what its axis says, and its panels."""
@@ -183,6 +191,7 @@ def _chosen(name: str, run: settings.RunSettings, given: scenario.Scenario) -> f
     "split": given.trainer.devices // given.servers.devices,
     "in_flight": run.scheduler.max_rollouts_in_flight,
     "staleness": run.scheduler.max_off_policy_steps,
+    "slower": 1.0,
     "updates": run.scheduler.max_off_policy_steps,
     "segments": run.segment_tokens,
     "lengths": next(iter(given.environments.values())).lengths.median,
@@ -201,9 +210,8 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   figure = plots.sweep(
     rows,
     quantities,
-    title=f"{result['servers']} servers; {result['scenario']}"
-    if result["name"] != "split"
-    else result["scenario"],
+    title=result["scenario"]
+    + ("" if result["name"] == "split" else f"; {result['servers']} servers"),
     x_label=x_label,
     chosen=None if result["chosen"] is None else result["chosen"] * factor,
     ticks=ticks,

@@ -159,6 +159,35 @@ def lengths(
   return variants
 
 
+def slower(
+  run: settings_lib.RunSettings,
+  given: scenarios.Scenario,
+  factors: Sequence[float],
+) -> list[Variant]:
+  """Servers that take so many times as long for everything; and then the trainer's steps too."""
+  variants = []
+  for series in ("servers", "servers and trainer"):
+    for factor in factors:
+      servers = dataclasses.replace(
+        given.servers,
+        decode_tokens_per_second=tuple(
+          rate / factor for rate in given.servers.decode_tokens_per_second
+        ),
+        seconds_per_cached_token=given.servers.seconds_per_cached_token * factor,
+        prefill_tokens_per_second=given.servers.prefill_tokens_per_second / factor,
+      )
+      trainer = given.trainer
+      if series != "servers":
+        trainer = dataclasses.replace(
+          trainer,
+          fixed_seconds=trainer.fixed_seconds * factor,
+          seconds_per_token=trainer.seconds_per_token * factor,
+        )
+      changed = dataclasses.replace(given, servers=servers, trainer=trainer)
+      variants.append(Variant(f"{series}: {factor:g} x", factor, series, run, changed))
+  return variants
+
+
 def shrunk(
   run: settings_lib.RunSettings, given: scenarios.Scenario, factor: int
 ) -> tuple[settings_lib.RunSettings, scenarios.Scenario]:

@@ -83,6 +83,16 @@ def test_lengths_change_in_every_environment():
   assert variant.scenario.servers == GIVEN.servers
 
 
+def test_slower_servers_take_as_many_times_as_long_for_everything():
+  base, servers, _, both = sweep.slower(RUN, GIVEN, [1.0, 4.0])
+  assert base.scenario == GIVEN
+  assert servers.scenario.servers.decode_tokens_per_second == (12.5, 400.0)
+  assert servers.scenario.servers.prefill_tokens_per_second == 2.5e4
+  assert servers.scenario.trainer == GIVEN.trainer
+  assert both.scenario.servers == servers.scenario.servers
+  assert both.scenario.trainer.seconds_per_token == pytest.approx(8e-3)
+
+
 def test_half_the_cluster_takes_as_long_for_a_step():
   run, given = sweep.shrunk(RUN, GIVEN, 2)
   assert run.scheduler.prompts_per_step == 4 and run.num_workers == 2
