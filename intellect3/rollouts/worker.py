@@ -88,7 +88,7 @@ class Worker:
     self._components: set[frozenset[str]] = set()  # that records were weighted in; one for a run
     self._running: dict[int, asyncio.Task[None]] = {}
     self._finished: dict[int, types.Rollout] = {}
-    self._tasks: set[asyncio.Task[None]] = set()
+    self._tasks: dict[asyncio.Task[None], None] = {}
     self.stopped = asyncio.Event()
 
   def hello(self) -> messages.Hello:
@@ -138,8 +138,8 @@ class Worker:
 
   def _spawn(self, coroutine: Awaitable[None]) -> None:
     task = asyncio.ensure_future(coroutine)
-    self._tasks.add(task)
-    task.add_done_callback(self._tasks.discard)
+    self._tasks[task] = None
+    task.add_done_callback(self._tasks.pop)
 
   async def _run(self, dispatch: messages.Dispatch) -> None:
     clock = asyncio.get_running_loop().time

@@ -42,12 +42,13 @@ class History(World):
     return len(self.names) if self.machine._workers_ready.is_set() else 0
 
   def finish(self, which, count, pattern, kind, span, late):
-    """Some rollouts end: `pattern` is their rewards, bit by bit; `span` the versions they saw."""
+    """`count` rollouts end, but for the oldest `which`: `pattern` is their rewards, bit by bit,
+    `span` the versions they saw."""
     if self.over:
       return
     running = sorted((key, name) for name, link in self.links.items() for key in link.running)
-    for place in range(min(count, len(running))):
-      key, name = running[(which + place) % len(running)]
+    begin = which % max(1, len(running))
+    for place, (key, name) in enumerate(running[begin : begin + count]):
       summary = self._summary(key, name, float(pattern >> place & 1), kind, span)
       link = self.links[name]
       link.running.discard(key)
@@ -265,22 +266,22 @@ class History(World):
     self._land()
     self.untrained.append(self._manifest.step)
 
-  def turn(self, which, count, pattern, span):
-    """A good while: up to `count` rollouts end, and whatever waits is done."""
-    while self.syncing is not None and not self.over:
-      self.bring(0, "ok")
-    self.finish(which, count, pattern, "ok", span, False)
-    while not self.over and any(link.writes for link in self.links.values()):
-      self.write(0, "ok")
-    self.land("ok")
-    self.train(len(self.untrained))
-    self.wait(1.0)
+  def turn(self, rounds, which, count, pattern, span):
+    """A good while: rollouts end, see `finish`, and whatever waits is done; `rounds` times."""
+    for _ in range(rounds):
+      while self.syncing is not None and not self.over:
+        self.bring(0, "ok")
+      self.finish(which, count, pattern, "ok", span, False)
+      while not self.over and any(link.writes for link in self.links.values()):
+        self.write(0, "ok")
+      self.land("ok")
+      self.train(len(self.untrained))
+      self.wait(1.0)
 
-  def new_weights(self):
-    """The trainer publishes what it can, and all servers get it."""
-    self.train(len(self.untrained))
-    while self.syncing is not None and not self.over:
-      self.bring(0, "ok")
+  def straggle(self, rounds, count, pattern, span):
+    """The oldest rollouts run on while others end, are trained on, and change the weights."""
+    self.turn(rounds, self.config.group, 1 << 10, 0x9A5C36, "fresh")
+    self.finish(0, count, pattern, "ok", span, False)
 
   def finish_everything(self):
     """All faults are over. The run comes to its end in bounded time, whatever went before."""
@@ -295,5 +296,5 @@ class History(World):
         self.server_back(index)
       while not self.over and any(link.unheard for link in self.links.values()):
         self.hear(0, False)
-      self.turn(0, 1 << 10, (0b1001, 0b0110, 0b0101)[turn % 3] * 0x1111, "spanning")
+      self.turn(1, 0, 1 << 10, (0b1001, 0b0110, 0b0101)[turn % 3] * 0x1111, "spanning")
     raise Broken(f"the run never ends: {self.loop.waiting()}\n\n{self.trace()}")

@@ -20,10 +20,10 @@ MANY = int(os.environ.get("HISTORIES", "3000"))
 
 configs = st.builds(
   Config,
-  steps=st.integers(3, 8),
-  prompts=st.integers(1, 3),
+  steps=st.sampled_from([6, 9, 3]),
+  prompts=st.sampled_from([2, 1, 3]),
   group=st.integers(2, 3),
-  off_policy=st.integers(0, 2),
+  off_policy=st.sampled_from([1, 2, 0]),
   in_flight=st.sampled_from([12, 24, 6, 3]),
   rule=st.sampled_from(["drop", "mask"]),
   order=st.sampled_from(["completion", "dispatch"]),
@@ -34,10 +34,13 @@ configs = st.builds(
 )
 which = st.integers(0, 7)
 spans = st.sampled_from(["old", "spanning", "fresh"])
-patterns = st.integers(0, (1 << 12) - 1)
+patterns = st.sampled_from([0x555555, 0x9A5C36, 0x333333, 0, 0xFFFFFF])
 
 ARGUMENTS = {
-  "turn": st.tuples(which, st.integers(1, 24), patterns, spans),
+  "turn": st.tuples(
+    st.sampled_from([1, 4, 6]), which, st.sampled_from([24, 12, 5, 2]), patterns, spans
+  ),
+  "straggle": st.tuples(st.integers(2, 5), st.integers(1, 3), patterns, spans),
   "finish": st.tuples(
     which,
     st.integers(1, 6),
@@ -72,6 +75,7 @@ def possible(history, calm):
     name
     for name, times in (
       ("turn", 3),
+      ("straggle", 2),
       ("join", 2 * (len(history.links) < len(history.names))),
       ("bring", 2 * (history.syncing is not None)),
       ("leave", bool(links)),
@@ -154,9 +158,9 @@ def search(machine, *, examples, steps, shrink=True):
 
 
 def test_every_history_keeps_the_contracts_and_ends():
-  search(Histories, examples=120, steps=50)
+  search(Histories, examples=120, steps=30)
 
 
 @pytest.mark.slow
 def test_many_long_histories_keep_the_contracts_and_end():
-  search(Histories, examples=MANY, steps=100)
+  search(Histories, examples=MANY, steps=60)

@@ -30,7 +30,7 @@ class WithForgetful(test_history.Histories):
 
 def test_a_planted_fault_is_found_and_told_as_a_short_history():
   with pytest.raises(Broken) as found:
-    test_history.search(WithForgetful, examples=120, steps=50)
+    test_history.search(WithForgetful, examples=120, steps=30)
   reason, _, trace = str(found.value).partition("\n\n")
   lines = trace.splitlines()
   assert lines[0].startswith("Config(") and lines[-1] == f"BROKEN: {reason}"
