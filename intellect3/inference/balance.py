@@ -176,6 +176,7 @@ class Balancer:
     self._max_wait_seconds = max_wait_seconds
     self._spill = spill
     self._servers: dict[str, Server] = {}
+    self._open_urls: tuple[str, ...] | None = None  # None: not known after a change
     self._waiting: deque[_Turn] = deque()
     self._slots_given = 0
     self.set_servers(urls)
@@ -209,6 +210,7 @@ class Balancer:
       server.version = (versions or {}).get(url, server.version)
       if not server.listed and server.fenced is None and server.in_flight == 0:
         del self._servers[url]
+    self._open_urls = None
     self._serve_waiting()
 
   def set_loads(self, loads: Mapping[str, tuple[int, int]]) -> None:
@@ -223,6 +225,7 @@ class Balancer:
     server = self._servers.setdefault(url, Server(url))
     if server.fenced is None:
       server.fenced = reason
+      self._open_urls = None
       for request in list(server.requests):
         request.cancel()
 
@@ -230,6 +233,7 @@ class Balancer:
     """Adds a server, or lifts its fence."""
     if url not in self._servers or not self._servers[url].open:
       self._servers[url] = Server(url)
+      self._open_urls = None
       self._serve_waiting()
 
   def refused(self, server: Server, seconds: float) -> None:
@@ -275,7 +279,7 @@ class Balancer:
     preferred = self._servers.get(prefer) if prefer is not None else None
     home = prefer if preferred is not None and preferred.open else None
     if home is None and affinity is not None:
-      home = home_of(affinity, [server.url for server in self.open])
+      home = home_of(affinity, self._urls())
     if (server := self._choose(home)) is not None:
       return self._take(server)
     if self.waiting >= self._max_waiting:
@@ -303,6 +307,11 @@ class Balancer:
       # Cancelled between being given the slot and waking up: the slot goes to the next.
       self.release(turn.slot.result())
     turn.slot.cancel()
+
+  def _urls(self) -> tuple[str, ...]:
+    if self._open_urls is None:
+      self._open_urls = tuple(server.url for server in self.open)
+    return self._open_urls
 
   def _choose(self, home: str | None) -> Server | None:
     return choose(

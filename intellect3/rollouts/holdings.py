@@ -36,7 +36,8 @@ class Holdings:
 
   def assign(self, rollout_id: int) -> str:
     """Gives a rollout to the worker that runs the fewest, the first of these by name."""
-    name = min(self._load, key=lambda key: (self._load[key], key))
+    fewest = min(self._load.values())
+    name = min(name for name, load in self._load.items() if load == fewest)
     self._owner[rollout_id] = name
     self._load[name] += 1
     return name

@@ -24,12 +24,10 @@ class _Timer(asyncio.TimerHandle):
   A heap of asyncio's own keeps no order among them: what was sent first could come last.
   """
 
-  number = 0
+  rank: tuple[float, int]
 
   def __lt__(self, other: object) -> bool:
-    if not isinstance(other, _Timer):
-      return NotImplemented
-    return (self.when(), self.number) < (other.when(), other.number)
+    return self.rank < other.rank if isinstance(other, _Timer) else NotImplemented
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -59,7 +57,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
   ) -> asyncio.TimerHandle:
     """Calls back at a virtual second, in the order of the calls where it is the same one."""
     timer = _Timer(when, callback, args, self, context)
-    timer.number = next(self._numbers)
+    timer.rank = when, next(self._numbers)
     heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
     timer._scheduled = True  # type: ignore[attr-defined]
     return timer

@@ -124,8 +124,12 @@ class Server:
     """Takes a request; its `done` is resolved when all its tokens are there."""
     self._advance()
     request.asked = self._since
+    first = self._heap[0] if self._heap else None
     self._waiting.append(request)
     self._admit()
+    # One more makes all of them slower: what was next comes later, and the timer may ring early.
+    if self._timer is None or self._settings.cache_tokens or self._heap[0] is not first:
+      self._rearm()
 
   def withdraw(self, request: Request) -> None:
     """Forgets a request that nobody waits for any more."""
@@ -135,6 +139,7 @@ class Server:
     elif request in self._waiting:
       self._waiting.remove(request)
     self._admit()
+    self._rearm()
 
   # Weights.
 
@@ -167,6 +172,7 @@ class Server:
     self._paused = False
     self._busy_until = max(self._busy_until, self._since)
     self._admit()
+    self._rearm()
 
   def settle(self) -> Usage:
     """The usage up to now."""
@@ -207,10 +213,12 @@ class Server:
     if self._paused or not heap:
       return None
     running = len(self._running)
-    steps = max(0.0, heap[0][0] - self._service)
+    steps = heap[0][0] - self._service
     room = self._settings.cache_tokens
     if room and running > 1:
-      steps = min(steps, max(0.0, (room - self._cached) / running))
+      steps = min(steps, (room - self._cached) / running)
+    if steps < 0.0:
+      steps = 0.0
     start = self._since if self._busy_until <= self._since else self._busy_until
     return start + self._pace.seconds(steps, running, self._cached)
 
@@ -247,6 +255,7 @@ class Server:
       self._waiting.appendleft(newest)
       self.usage.evicted += 1
     self._admit()
+    self._rearm()
 
   # Requests.
 
@@ -313,7 +322,6 @@ class Server:
         self._start(request, segment)
     if len(waiting) > self.usage.most_waiting:
       self.usage.most_waiting = len(waiting)
-    self._rearm()
 
   def _start(self, request: Request, segment: int) -> None:
     # One generation keeps its cache key over an update; a new one asks under the new version.
