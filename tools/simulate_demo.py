@@ -1,7 +1,7 @@
 """A run, predicted by the simulator from its own measurements, beside what it came to.
 
     python -m tools.simulate_demo [--run DIR] [--gin FILE] [--set a.b=c ..] [--out DIR]
-        [--first 31] [--block 10] [--steps 200] [--scenario OUT.json] [--json OUT]
+        [--first 31] [--block 10] [--steps 200] [--slots N] [--scenario OUT.json] [--json OUT]
 
 Without --run it runs the demo first (its warm-up too, where there is none), as
 `python -m experiments.rl_run` would. Every other block of ten steps is measured
@@ -19,7 +19,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gin
+
 from experiments import gin_config
+from intellect3.rl import inference
 from intellect3.simulation import reality, sweep, throughput
 from tools import simulated_run
 
@@ -33,7 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     if run_dir is None:
       run_dir = arguments.out
       _run_demo(arguments.gin, arguments.bindings, run_dir)
-    result = compare(run_dir, first=arguments.first, block=arguments.block, steps=arguments.steps)
+    result = compare(
+      run_dir,
+      first=arguments.first,
+      block=arguments.block,
+      steps=arguments.steps,
+      slots=arguments.slots,
+    )
   except (gin_config.ConfigError, ValueError, OSError, subprocess.CalledProcessError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -58,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--first", type=int, default=31, help="step; those before it compile")
   parser.add_argument("--block", type=int, default=10, help="steps measured, or held out, in a row")
   parser.add_argument("--steps", type=int, default=200, help="to simulate")
+  parser.add_argument("--slots", type=int, help="requests that a server computes at once")
   parser.add_argument("--within", type=float, default=0.2, help="the largest error that is fit")
   parser.add_argument("--scenario", type=pathlib.Path, help="where what was measured goes")
   parser.add_argument("--json", type=pathlib.Path, help="where everything goes")
@@ -75,7 +85,9 @@ def _run_demo(gin: str, bindings: Sequence[str], out: pathlib.Path) -> None:
   subprocess.run([sys.executable, "-m", *command], check=True)
 
 
-def compare(run_dir: pathlib.Path, *, first: int, block: int, steps: int) -> dict[str, Any]:
+def compare(
+  run_dir: pathlib.Path, *, first: int, block: int, steps: int, slots: int | None = None
+) -> dict[str, Any]:
   """Measures, simulates and compares.
 
   Args:
@@ -83,6 +95,8 @@ def compare(run_dir: pathlib.Path, *, first: int, block: int, steps: int) -> dic
     first: its first step to look at.
     block: steps of each block; every other one is held out.
     steps: to simulate.
+    slots: requests that a server computes at once, others waiting in its queue; None: as the
+      configuration says, or as many as the workers ask for.
 
   Returns:
     run, measured and held_out steps, scenario, service (how the decode rate was found) and
@@ -99,11 +113,12 @@ def compare(run_dir: pathlib.Path, *, first: int, block: int, steps: int) -> dic
     )
   measured, held_out = reality.alternate(first, first + 2 * blocks * block - 1, block)
   servers = _servers(run_dir, measured)
+  asked = max(1, max(1, run.num_workers) * run.max_concurrency // servers)
   given, service = reality.measured(
     run_dir,
     measured,
     num_servers=servers,
-    max_running=max(1, max(1, run.num_workers) * run.max_concurrency // servers),
+    max_running=min(slots or _slots() or asked, asked),
     tasks={
       key.removesuffix("/train"): size for key, size in run.sizes.items() if key.endswith("/train")
     },
@@ -140,6 +155,15 @@ def compare(run_dir: pathlib.Path, *, first: int, block: int, steps: int) -> dic
       for name in predicted
     ],
   }
+
+
+def _slots() -> int | None:
+  """Requests that an embedded server of the configuration computes at once, or None."""
+  try:
+    options = gin.get_bindings(inference.embedded_server).get("options") or {}
+  except ValueError:  # the file names nothing of it
+    return None
+  return options.get("slots")
 
 
 def _servers(run_dir: pathlib.Path, steps: Sequence[int]) -> int:

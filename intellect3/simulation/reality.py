@@ -126,7 +126,8 @@ def measured(
     run_dir: of a run that wrote `rollout_seconds_mean`.
     steps: to look at; leave those out that compile.
     num_servers: of the run.
-    max_running: rollouts that its workers let run at once, for each server.
+    max_running: requests that each server computes at once; the rest waits in its queue, and
+      gets its first token from newer weights than it was dispatched under.
     tasks: training tasks by environment.
 
   Returns:
