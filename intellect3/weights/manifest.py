@@ -114,16 +114,22 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
       wrong.append(entry.file)
     elif path.suffix == ".safetensors":
       readable.append(path)
-  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-    for path, fingerprints in zip(readable, pool.map(_fingerprints_or_none, readable), strict=True):
-      if fingerprints is None:
-        wrong.append(path.name)
-      else:
-        found |= fingerprints
+  for path, fingerprints in zip(readable, _read_at_once(readable), strict=True):
+    if fingerprints is None:
+      wrong.append(path.name)
+    else:
+      found |= fingerprints
   for name in sorted(set(manifest.fingerprints) | set(found)):
     if manifest.fingerprints.get(name) != found.get(name):
       wrong.append(name)
   return wrong
+
+
+def _read_at_once(paths: Sequence[pathlib.Path]) -> list[dict[str, int] | None]:
+  if len(paths) == 1:  # no thread where there is nothing to share out
+    return [_fingerprints_or_none(paths[0])]
+  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    return list(pool.map(_fingerprints_or_none, paths))
 
 
 def _fingerprints_or_none(path: pathlib.Path) -> dict[str, int] | None:

@@ -18,7 +18,7 @@ from intellect3 import types
 from intellect3.rollouts import accounting, conversation, messages, scheduler
 from intellect3.simulation.faults import schedule, truth
 
-REWARDS = (0.25, 1.0)
+REWARDS = (0.25, 0.5, 0.75, 1.0)
 """What an attempt may be worth: never 0, so that a failure that was scored shows."""
 
 _SERVER_FAULTS = tuple(
@@ -29,7 +29,7 @@ REASONS: Mapping[str, Sequence[str]] = {
   r"no server is left after the sync of version \d+: .*fingerprints": ("weights_cut",),
   r"no server is left": _SERVER_FAULTS,
   r"no server after \d+ s": _SERVER_FAULTS,
-  r"worker \w+ is gone": ("worker_killed",),
+  r"worker \w+ is gone|no worker is there": ("worker_killed",),
   r"trainer: .*(bytes|crc32|records): expected": ("shard_cut",),
 }
 """How a run may end before its last step, and which faults excuse it."""

@@ -153,7 +153,7 @@ class Life:
       path: pathlib.Path, records: Iterable[types.TrajectoryRecord]
     ) -> types.ShardEntry:
       if not (lives() and self.point("shard.before")):
-        raise OSError("this process is dead")
+        await asyncio.Event().wait()  # the dead do not go on, and say nothing
       entry = await self._lab.disk.write_shard(path, records)
       self.point("shard.after")
       return entry
@@ -161,10 +161,10 @@ class Life:
     make = worker_role.worker(
       self.shared,
       index,
-      max_new_tokens=24,
-      max_tokens=120,
+      max_new_tokens=40,
+      max_tokens=160,
       max_concurrency=8,
-      segment_tokens=8,
+      segment_tokens=12,
       retries=3,
       backoff_seconds=0.2,
       timeout_seconds=20.0,

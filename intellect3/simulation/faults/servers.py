@@ -112,6 +112,7 @@ class Server:
     if self._hung is None:
       self._settle()
       self._hung = asyncio.get_running_loop().create_future()
+      self._go_on()
       asyncio.get_running_loop().call_later(seconds, self._wake, self._hung)
 
   def _wake(self, hung: asyncio.Future[None]) -> None:
@@ -151,6 +152,7 @@ class Server:
       if path == "/pause_generation":
         self._settle()
         self._paused = True
+        self._go_on()
       elif path == "/continue_generation":
         self._paused = False
         self._go_on()
@@ -163,6 +165,7 @@ class Server:
   async def _load(self, directory: pathlib.Path, version: str) -> tuple[int, bytes]:
     self._settle()
     self._busy = True
+    self._go_on()
     how, self.next_load = self.next_load, ""
     try:
       await asyncio.sleep(self._load_seconds * self.slow)
@@ -196,7 +199,7 @@ class Server:
     params = body["sampling_params"]
     prompt = body["input_ids"]
     tokens, ends = truth.continuation(
-      params.get("sampling_seed", 0), len(prompt), params["max_new_tokens"]
+      params.get("sampling_seed", 0), prompt, params["max_new_tokens"]
     )
     loop = asyncio.get_running_loop()
     request = _Running(body["rid"], prompt, tokens, ends, loop.create_future(), loop.time())
@@ -314,6 +317,7 @@ class Server:
     self._finish(request, "stop" if request.ends else "length")
 
   def _go_on(self) -> None:
+    """Lets requests be decoded from now on, or not, as its state says."""
     now = asyncio.get_running_loop().time()
     for request in self._running:
       request.since = now

@@ -20,6 +20,8 @@ from intellect3.rendering import bytes as byte_format
 from intellect3.weights import manifest as manifests
 
 CANARY = (258, 104, 101, 108, 108, 111, 259, 7)
+LONG = ord("l")
+"""Where the first message begins with it, turns are as long as they may be."""
 MIXED = 10_000
 """Number of weights that no trainer made: a load that broke off, or a wrong file."""
 
@@ -41,13 +43,14 @@ def logprob(version: int, before: int, token: int, place: int) -> float:
   return -(1.0 + (version * 613 + before * 57 + token * 131 + place * 31) % 997) / 1000.0
 
 
-def continuation(seed: int, start: int, most: int) -> tuple[list[int], bool]:
-  """The tokens that follow `start` others, at most so many, and whether the turn ends there."""
+def continuation(seed: int, prompt: Sequence[int], most: int) -> tuple[list[int], bool]:
+  """The tokens that follow others, at most so many, and whether the turn ends there."""
+  start, long = len(prompt), prompt[1] == LONG
   tokens: list[int] = []
   state = zlib.crc32(f"{seed}/{start}".encode())
   while len(tokens) < most:
     state = (state * 1103515245 + 12345) & 0x7FFFFFFF
-    if state >> 16 & 15 == 0 and start + len(tokens) > 12:
+    if state >> 16 & 15 == 0 and not long:
       tokens.append(byte_format.ENDOFTEXT)
       return tokens, True
     tokens.append(97 + (state >> 20) % 26)

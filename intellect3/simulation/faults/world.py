@@ -45,7 +45,7 @@ class Chat:
     return types.Task(
       task_id=f"{self.name}/{split}/{index}",
       environment=self.name,
-      prompt=[{"role": "user", "content": f"{split}{index}"}],
+      prompt=[{"role": "user", "content": f"{'short' if index % 6 else 'long'} {index}"}],
     )
 
   async def run(self, task: types.Task, conversation: base.Conversation) -> base.Score:
@@ -65,7 +65,7 @@ class Chat:
       reply = await conversation.send([{"role": "tool", "content": result}])
     elif fails:
       raise ValueError("the verifier broke")
-    reward = contracts.REWARDS[zlib.crc32(reply.content.encode()) % 2]
+    reward = contracts.REWARDS[zlib.crc32(reply.content.encode()) % len(contracts.REWARDS)]
     self.attempted(key, reward)
     return base.Score(reward=reward)
 
