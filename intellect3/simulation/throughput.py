@@ -32,6 +32,9 @@ from intellect3.simulation import (
 )
 from intellect3.simulation import settings as settings_lib
 
+_VAIN_STEPS = 100
+"""Of rollouts without a batch, after which a run is taken to go on so for ever."""
+
 
 def simulate(
   run: settings_lib.RunSettings,
@@ -59,12 +62,14 @@ def simulate(
   Raises:
     ValueError: run and scenario do not fit together.
     clock.Stuck: nothing would ever happen again.
-    orchestrator.RunFailed: the run ends with a reason.
+    ports.RunFailed: the run ends with a reason; one that goes on without ever training is ended.
   """
   _check(run, given)
   warm_up = min(run.scheduler.max_off_policy_steps + 1, run.steps // 4)
   if warm_up_steps is not None:
     warm_up = warm_up_steps
+  if sample_seconds is not None and not sample_seconds > 0:
+    raise ValueError(f"sample_seconds: expected more than 0, got {sample_seconds:g}")
   if not 0 <= warm_up < run.steps:
     raise ValueError(f"warm_up_steps: expected fewer than steps ({run.steps}), got {warm_up}")
   with _rare_collections():
@@ -265,7 +270,10 @@ class _Simulation:
     run = self._run
     sampler = difficulty.TaskSampler(sizes, run.environment_weights, run.pools, run.scheduler.seed)
     self._scheduler = scheduler.Scheduler(run.scheduler, sampler, run.group_filters, run.credit)
-    self._scheduler.accounting = watching.Ledger(self._watch)
+    settings = run.scheduler
+    step = settings.prompts_per_step * settings.rollouts_per_prompt
+    most = _VAIN_STEPS * (step + settings.max_rollouts_in_flight)
+    self._scheduler.accounting = watching.Ledger(self._watch, most)
     return self._scheduler
 
   def _received(self, name: str, message: messages.FromWorker) -> None:

@@ -1,0 +1,103 @@
+"""The command: a run file and a scenario in, a table, a report and a trace out; without jax."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEMO = "experiments/configs/runs/demo.gin"
+SCENARIO = """
+name = "two servers"
+[servers]
+count = 2
+max_running = 128
+decode_batch = [1, 128]
+decode_tokens_per_second = [100, 4000]
+prefill_tokens_per_second = 5000
+[trainer]
+fixed_seconds = 0.3
+[sync]
+load_seconds = 0.05
+spread_seconds = 0.1
+[environments.default]
+prompt_tokens = 12
+lengths = { median = 6, sigma = 0.4, task_share = 0.5 }
+"""
+
+
+# Runs the command once for each line of arguments; says at its end whether jax was loaded.
+CALLS = """
+import json, sys
+from tools import simulate_run
+for arguments in json.loads(sys.argv[1]):
+  code = simulate_run.main(arguments)
+  print("code", code, flush=True)
+  print("code", code, file=sys.stderr, flush=True)
+print("jax", sys.modules.get("jax") is not None, "jaxlib" in sys.modules)
+"""
+
+
+def simulate(tmp_path, *calls, hash_seed="0"):
+  """Several calls in one process of their own: (scenario, arguments) each."""
+  lines = []
+  for number, (scenario, arguments) in enumerate(calls):
+    path = tmp_path / f"scenario_{hash_seed}_{number}.toml"
+    path.write_text(scenario)
+    lines.append(["--gin", DEMO, "--scenario", str(path), *map(str, arguments)])
+  done = subprocess.run(
+    [sys.executable, "-c", CALLS, json.dumps(lines)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env={**os.environ, "PYTHONHASHSEED": hash_seed},
+  )
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def test_the_same_bytes_in_every_process_and_no_jax(tmp_path):
+  traces, reports = [], []
+  for hash_seed in ("1", "2"):
+    trace, report = tmp_path / f"trace_{hash_seed}", tmp_path / f"report_{hash_seed}"
+    arguments = ("--steps", 5, "--seed", 3, "--trace", trace, "--json", report)
+    done = simulate(tmp_path, (SCENARIO, arguments), hash_seed=hash_seed)
+    assert done.stdout.splitlines()[-2:] == ["code 0", "jax False False"]
+    traces.append(trace.read_bytes())
+    reports.append(json.loads(report.read_text()))
+  assert traces[0] == traces[1] and traces[0].count(b"\n") > 1000
+  assert [report.pop("wall_seconds") > 0 for report in reports] == [True, True]
+  assert reports[0] == reports[1]
+  assert (reports[0]["steps"], reports[0]["seed"]) == (5, 3)
+  assert "trainer idle" in done.stdout and "trained 1,280" in done.stdout
+  assert "batch 5 of 5" in done.stderr
+
+
+def test_what_is_not_fit_is_one_line_and_exit_code_2(tmp_path):
+  cases = [
+    ([], SCENARIO.replace("count = 2", "count = 0"), "servers.count: expected"),
+    ([], SCENARIO.replace("= 12", "= 40"), "environments.reverse_text: expected prompt_tokens"),
+    (["--steps", "0"], SCENARIO, "steps: expected an integer >= 1, got 0"),
+    (["--sample-seconds", "0"], SCENARIO, "sample_seconds: expected more than 0, got 0"),
+    (["--set", "rl.run.max_off_policy=3"], SCENARIO, "max_off_policy"),
+    (["--set", "orchestrator.orchestrator.sync_mode='hurry'"], SCENARIO, "sync_mode: expected one"),
+  ]
+  done = simulate(tmp_path, *((scenario, arguments) for arguments, scenario, _ in cases))
+  lines = done.stderr.splitlines()
+  assert lines[1::2] == ["code 2"] * len(cases)
+  for line, (_, _, message) in zip(lines[::2], cases, strict=True):
+    assert line.startswith("error: ") and message in line
+
+
+def test_a_run_that_never_trains_is_ended_and_says_why(tmp_path):
+  failing = SCENARIO.replace("[environments.default]", "[environments.default]\nerror_rate = 1.0")
+  small = [
+    *("--set", "orchestrator.orchestrator.evaluation_tasks=0"),
+    *("--set", "orchestrator.orchestrator.prompts_per_step=1"),
+    *("--set", "orchestrator.orchestrator.max_rollouts_in_flight=8"),
+  ]
+  done = simulate(tmp_path, (failing, small))
+  assert done.stdout.startswith("code 1")
+  assert "the run ends: AccountingError: 1600 rollouts were dispatched and none" in done.stderr
