@@ -35,13 +35,13 @@ def make_mesh(
       parameters are gathered inside groups of 16 nodes and replicas summed between the groups.
 
   Raises:
-    ValueError: where a size is below 1, the product is not the number of devices, or an axis would
-      straddle nodes.
+    ValueError: where a size is no integer of at least 1, the product is not the number of devices,
+      or an axis would straddle nodes.
   """
   sizes = dict(zip(AXES, (data, fsdp, expert, context, tensor), strict=True))
   for axis, size in sizes.items():
-    if size < 1:
-      raise ValueError(f"{axis}: expected at least 1, got {size}")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+      raise ValueError(f"{axis}: expected an integer >= 1, got {size!r}")
   given = jax.devices() if devices is None else devices
   needed = math.prod(sizes.values())
   if needed != len(given):

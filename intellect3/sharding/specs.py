@@ -23,8 +23,9 @@ def tree_shardings(logical_tree: Any, shapes: Any, mesh: Mesh, rules: Rules) -> 
     rules: the table of the layout.
 
   Raises:
-    ValueError: naming every tensor with a dimension that does not divide by its mesh axes, or with
-      another number of names than dimensions; and as `to_spec`.
+    ValueError: naming every tensor with a dimension that does not divide by its mesh axes, that
+      lies on an axis which the mesh has not, or with another number of names than dimensions; and
+      as `to_spec`.
   """
   problems: list[str] = []
 
@@ -38,14 +39,21 @@ def tree_shardings(logical_tree: Any, shapes: Any, mesh: Mesh, rules: Rules) -> 
       raise ValueError(f"{tensor} {tuple(leaf.shape)}: {error}") from error
     for name, size, entry in zip(logical_axes, leaf.shape, spec, strict=False):
       mesh_axes = axes_of(entry)
-      parts = math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes)
+      unknown = [axis for axis in mesh_axes if axis not in mesh.shape]
+      if unknown:
+        problems.append(
+          f"{tensor}: expected {name} on axes of the mesh {tuple(mesh.axis_names)}, "
+          f"got {unknown[0]!r}"
+        )
+        continue
+      parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
       if size % parts:
         problems.append(
           f"{tensor}: expected {name} to divide by {parts} "
-          f"({' * '.join(f'{axis} {mesh.shape.get(axis, 1)}' for axis in mesh_axes)}), "
+          f"({' * '.join(f'{axis} {mesh.shape[axis]}' for axis in mesh_axes)}), "
           f"got {size} of {tuple(leaf.shape)}"
         )
-    return NamedSharding(mesh, spec)
+    return None if problems else NamedSharding(mesh, spec)
 
   shardings = jax.tree_util.tree_map_with_path(sharding, shapes, logical_tree)
   if problems:

@@ -86,23 +86,6 @@ def split(sizes: Mapping[str, int], count: int) -> tuple[tuple[int, ...], tuple[
   return tuple(outer), tuple(s // o for s, o in zip(sizes.values(), outer, strict=True))
 
 
-def crossing(axes: Sequence[str], placed: np.ndarray) -> tuple[str, ...]:
-  """The axes along which some group of devices lies in more than one domain.
-
-  Args:
-    axes: names of the axes.
-    placed: of `arrange`, or a mesh's `devices`.
-
-  Returns:
-    Names, outermost first; collectives over them use the slower network.
-  """
-  keys = domains(list(placed.flat))
-  number = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-  index = np.array([number[key] for key in keys]).reshape(placed.shape)
-  ends = zip(axes, range(placed.ndim), strict=True)
-  return tuple(axis for axis, n in ends if np.any(index.max(axis=n) != index.min(axis=n)))
-
-
 def _slice(device: Any) -> int:
   indices = (getattr(device, name, None) for name in ("slice_index", "partition_index"))
   return next((index for index in indices if index is not None), 0)

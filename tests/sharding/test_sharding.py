@@ -19,8 +19,14 @@ def test_the_mesh_has_always_the_same_auto_axes():
   assert one.axis_types == (AxisType.Auto,) * 5
   with pytest.raises(ValueError, match=r"mesh: expected 2 devices for .*, got 1"):
     mesh.make_mesh(fsdp=2, devices=jax.devices()[:1])
-  with pytest.raises(ValueError, match="context: expected at least 1, got 0"):
-    mesh.make_mesh(context=0)
+  for sizes, message in (
+    ({"context": 0}, "context: expected an integer >= 1, got 0"),
+    ({"fsdp": 2.0}, "fsdp: expected an integer >= 1, got 2.0"),
+    ({"fsdp": "8"}, "fsdp: expected an integer >= 1, got '8'"),
+    ({"data": True}, "data: expected an integer >= 1, got True"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      mesh.make_mesh(**sizes)
 
 
 def test_specs_from_the_table():
@@ -169,6 +175,12 @@ def test_dimensions_that_do_not_divide_are_all_named():
     table = (("experts", "expert"), ("embed", "expert"))
     gate = jax.ShapeDtypeStruct((8, 64), np.float32)
     specs.tree_shardings({"gate": ("experts", "embed")}, {"gate": gate}, abstract_mesh(), table)
+  with pytest.raises(
+    ValueError,
+    match=r"gate: expected embed on axes of the mesh \('data', .*, 'tensor'\), got 'fsdpp'",
+  ):
+    wrong = (("experts", "expert"), ("embed", ("fsdp", "fsdpp")))
+    specs.tree_shardings({"gate": ("experts", "embed")}, {"gate": gate}, abstract_mesh(), wrong)
   with pytest.raises(ValueError, match=r"embedding: expected 2 axis names, got \('vocab',\)"):
     specs.tree_shardings(
       {"embedding": ("vocab",)},

@@ -37,26 +37,33 @@ def node_of(placed):
   return np.vectorize(lambda device: device.process_index)(placed)
 
 
+def crossing(placed):
+  """The axes along which some devices are of different domains."""
+  keys = topology.domains(list(placed.flat))
+  number = np.array([sorted(set(keys)).index(key) for key in keys]).reshape(placed.shape)
+  return tuple(axis for n, axis in enumerate(meshes.AXES) if np.ptp(number, axis=n).any())
+
+
 def test_experts_stay_inside_nodes_and_shards_cross_them():
   placed = topology.arrange(sizes(fsdp=16, expert=8), nodes(16))
   assert placed.shape == (1, 16, 8, 1, 1)
   for n in range(16):
     assert np.all(node_of(placed)[0, n] == n)
-  assert topology.crossing(meshes.AXES, placed) == ("fsdp",)
+  assert crossing(placed) == ("fsdp",)
 
 
 def test_a_replica_is_whole_nodes():
   placed = topology.arrange(sizes(data=4, fsdp=4, expert=4, tensor=2), nodes(16))
   for replica in range(4):
     assert set(node_of(placed)[replica].flat) == set(range(4 * replica, 4 * replica + 4))
-  assert topology.crossing(meshes.AXES, placed) == ("data", "fsdp")
+  assert crossing(placed) == ("data", "fsdp")
 
 
 def test_an_axis_may_lie_in_a_node_and_between():
   placed = topology.arrange(sizes(fsdp=8, tensor=4), nodes(4))
   assert list(node_of(placed)[0, :, 0, 0, 0]) == [0, 0, 1, 1, 2, 2, 3, 3]
-  assert topology.crossing(meshes.AXES, placed) == ("fsdp",)
-  assert topology.crossing(meshes.AXES, topology.arrange(sizes(fsdp=8), nodes(1))) == ()
+  assert crossing(placed) == ("fsdp",)
+  assert crossing(topology.arrange(sizes(fsdp=8), nodes(1))) == ()
 
 
 @pytest.mark.parametrize("index", ["slice_index", "partition_index"])
@@ -67,7 +74,7 @@ def test_a_process_a_gpu_is_put_beside_those_of_its_node(index):
   placed = topology.arrange(sizes(fsdp=2, expert=8), devices)
   assert [getattr(device, index) for device in placed.flat] == [0] * 8 + [1] * 8
   assert [device.id for device in placed[0, 0].flat] == [0, 2, 4, 6, 8, 10, 12, 14]
-  assert topology.crossing(meshes.AXES, placed) == ("fsdp",)
+  assert crossing(placed) == ("fsdp",)
 
 
 def test_the_order_that_was_given_stays_inside_a_domain():
@@ -99,7 +106,7 @@ def test_tpu_slices_are_joined_by_the_outermost_axes():
   index = np.vectorize(lambda device: device.slice_index)(placed)[..., 0, 0]
   # data is between slices, and half of fsdp: slices of 4 x 4.
   np.testing.assert_array_equal(index, np.repeat(np.arange(4), 16).reshape(2, 8, 4))
-  assert topology.crossing(meshes.AXES, placed) == ("data", "fsdp")
+  assert crossing(placed) == ("data", "fsdp")
   assert {device.id for device in placed.flat} == set(range(64))
 
 
@@ -119,16 +126,13 @@ def test_slices_that_no_axes_join_are_refused():
 DEVICELESS = """
 import json
 from intellect3.planning import target
-from intellect3.sharding import mesh as meshes, topology
+from intellect3.sharding import mesh as meshes
 
 mesh = meshes.make_mesh(data=2, fsdp=32, expert=8, devices=target.cuda_devices("h200", 512)[::-1])
-print(json.dumps({
-  "crossing": topology.crossing(meshes.AXES, mesh.devices),
-  "first": [device.process_index for device in mesh.devices[0, 0].flat],
-}))
+print(json.dumps([device.process_index for device in mesh.devices.flat]))
 """
 
 
 def test_the_512_gpus_of_a_plan_are_laid_out_by_their_nodes():
   found = deviceless.run(DEVICELESS)
-  assert found == {"crossing": ["data", "fsdp"], "first": [0] * 8}
+  assert found == [device // 8 for device in range(512)]
