@@ -65,13 +65,13 @@ def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:
   running.plot(minutes, waiting_all, color=VERMILION, label="waiting for a server")
   running.set_ylabel("rollouts")
   running.set_ylim(bottom=0)
-  running.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
+  running.legend(loc="center right", ncols=2, fontsize=8, frameon=False)
   low, middle, high = np.percentile(table, (10, 50, 90), axis=1)
   spread.fill_between(minutes, low, high, color=BLUE, alpha=0.25, lw=0, label="10% to 90% of them")
   spread.plot(minutes, middle, color=BLUE, label="median server")
   spread.set_ylabel("running, by server")
   spread.set_ylim(bottom=0)
-  spread.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
+  spread.legend(loc="lower right", ncols=2, fontsize=8, frameon=False)
   spread.set_xlabel(f"minutes since the end of step {first - 1}")
   spread.set_xlim(0, (ended - begun) / 60)
   for axes in (running, spread):
@@ -158,7 +158,9 @@ def sweep(
     axes.set_visible(False)
   if len(series) > 1:
     panels[0].legend(fontsize=8, frameon=False)
-  figure.supxlabel(x_label + ("; dotted: the run file" if chosen in places else ""), fontsize=9)
+  figure.supxlabel(
+    x_label + ("; dotted: as run file and scenario have it" if chosen in places else ""), fontsize=9
+  )
   figure.suptitle(title, fontsize=10)
   return figure
 
