@@ -75,7 +75,7 @@ def test_the_same_bytes_in_every_process_and_no_jax(tmp_path):
   assert "batch 5 of 5" in done.stderr
 
 
-def test_what_is_not_fit_is_one_line_and_exit_code_2(tmp_path):
+def test_what_cannot_run_is_one_line_and_an_exit_code(tmp_path):
   cases = [
     ([], SCENARIO.replace("count = 2", "count = 0"), "servers.count: expected"),
     ([], SCENARIO.replace("= 12", "= 40"), "environments.reverse_text: expected prompt_tokens"),
@@ -84,20 +84,18 @@ def test_what_is_not_fit_is_one_line_and_exit_code_2(tmp_path):
     (["--set", "rl.run.max_off_policy=3"], SCENARIO, "max_off_policy"),
     (["--set", "orchestrator.orchestrator.sync_mode='hurry'"], SCENARIO, "sync_mode: expected one"),
   ]
-  done = simulate(tmp_path, *((scenario, arguments) for arguments, scenario, _ in cases))
-  lines = done.stderr.splitlines()
-  assert lines[1::2] == ["code 2"] * len(cases)
-  for line, (_, _, message) in zip(lines[::2], cases, strict=True):
-    assert line.startswith("error: ") and message in line
-
-
-def test_a_run_that_never_trains_is_ended_and_says_why(tmp_path):
   failing = SCENARIO.replace("[environments.default]", "[environments.default]\nerror_rate = 1.0")
   small = [
     *("--set", "orchestrator.orchestrator.evaluation_tasks=0"),
     *("--set", "orchestrator.orchestrator.prompts_per_step=1"),
     *("--set", "orchestrator.orchestrator.max_rollouts_in_flight=8"),
   ]
-  done = simulate(tmp_path, (failing, small))
-  assert done.stdout.startswith("code 1")
-  assert "the run ends: AccountingError: 1600 rollouts were dispatched and none" in done.stderr
+  calls = [(scenario, arguments) for arguments, scenario, _ in cases]
+  done = simulate(tmp_path, *calls, (failing, small))
+  lines = done.stderr.splitlines()
+  assert lines[1 : 2 * len(cases) : 2] == ["code 2"] * len(cases)
+  for line, (_, _, message) in zip(lines[: 2 * len(cases) : 2], cases, strict=True):
+    assert line.startswith("error: ") and message in line
+  # One that never trains is ended, and says why.
+  assert lines[-1] == "code 1"
+  assert "the run ends: AccountingError: 1600 rollouts were dispatched and none" in lines[-2]
