@@ -84,7 +84,7 @@ SWEEPS: Mapping[str, Callable[..., list[sweep.Variant]]] = {
 }
 SHOWN = {
   "split": ("nodes that train : serve", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
-  "in_flight": ("rollouts in flight", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
+  "in_flight": ("rollouts in flight", (plots.STEP, plots.TRAINER_IDLE, plots.LONGEST_DROPPED)),
   "staleness": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.LONGEST_DROPPED)),
   "segments": ("tokens of a segment", (plots.STEP, plots.INFERENCE_IDLE, plots.STALENESS)),
   "lengths": ("median of the lengths, tokens", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),

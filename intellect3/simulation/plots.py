@@ -32,7 +32,7 @@ TRAINER_IDLE = Quantity("trainer_idle_share", "trainer idle, %", 100)
 INFERENCE_IDLE = Quantity("inference_idle_share", "inference idle, %", 100)
 STALENESS = Quantity("mean_staleness", "mean staleness, steps")
 DROPPED = Quantity("stale_share", "rollouts dropped, %", 100)
-LONGEST_DROPPED = Quantity("longest_stale_share", "of the longest tenth, %", 100)
+LONGEST_DROPPED = Quantity("longest_stale_share", "dropped of the longest tenth, %", 100)
 
 
 def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:
@@ -152,7 +152,8 @@ def sweep(
       axes.axvline(places.index(chosen), color=GREY, linestyle=":", zorder=0)
     axes.set_xticks(range(len(places)), names, fontsize=8)
     axes.set_title(quantity.label, fontsize=9)
-    axes.set_ylim(bottom=0)
+    highest = max(row[quantity.key] for row in rows) * quantity.factor
+    axes.set_ylim(0, 1.1 * highest or 1)
     _bare(axes)
   for axes in panels[len(quantities) :]:
     axes.set_visible(False)
