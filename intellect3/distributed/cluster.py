@@ -8,11 +8,13 @@ docs/clusters.md says how each is launched. No jax.
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 COORDINATOR = "INTELLECT3_COORDINATOR"
 NUM_PROCESSES = "INTELLECT3_NUM_PROCESSES"
 PROCESS_ID = "INTELLECT3_PROCESS_ID"
 COORDINATOR_PORT = "INTELLECT3_COORDINATOR_PORT"
+LAUNCHER = "INTELLECT3_LAUNCHER"
 LOCAL_DEVICES = "INTELLECT3_LOCAL_DEVICES"
 START_SECONDS = "INTELLECT3_START_SECONDS"
 HEARTBEAT_SECONDS = "INTELLECT3_HEARTBEAT_SECONDS"
@@ -23,6 +25,7 @@ SLURM_ID, SLURM_RANK, SLURM_NODES = "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_
 SLURM_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 
 DEFAULT_PORT = 8476
+_MOST_PORT = 65535
 _SLURM_PORTS = (61440, 4096)
 """First and number of the ports of which a Slurm job's id chooses one."""
 
@@ -62,6 +65,15 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
   Raises:
     ValueError: a variable is missing, no number, or contradicts another; one line that names it.
   """
+  if environ.get(LAUNCHER, "environment") != "environment":
+    raise ValueError(f"{LAUNCHER}: expected environment or none, got {environ[LAUNCHER]!r}")
+  numbers: dict[str, Any] = {
+    "local_devices": _devices(environ),
+    "start_seconds": _number(environ, START_SECONDS, 1, Cluster.start_seconds),
+    "heartbeat_seconds": _number(environ, HEARTBEAT_SECONDS, 1, Cluster.heartbeat_seconds),
+    "shutdown_seconds": _number(environ, SHUTDOWN_SECONDS, 1, Cluster.shutdown_seconds),
+  }
+  _number(environ, COORDINATOR_PORT, 1, DEFAULT_PORT, most=_MOST_PORT)
   plain = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
   in_jobset = JOB_INDEX in environ and JOBSET_NAME in environ
   if in_jobset and COORDINATOR not in environ:
@@ -82,10 +94,7 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
     coordinator=coordinator,
     num_processes=count,
     process_id=index,
-    local_devices=_devices(environ),
-    start_seconds=_number(environ, START_SECONDS, 1, Cluster.start_seconds),
-    heartbeat_seconds=_number(environ, HEARTBEAT_SECONDS, 1, Cluster.heartbeat_seconds),
-    shutdown_seconds=_number(environ, SHUTDOWN_SECONDS, 1, Cluster.shutdown_seconds),
+    **numbers,
   )
 
 
@@ -95,6 +104,7 @@ _INDEX_OF = {"environment": PROCESS_ID, "jobset": JOB_INDEX, "slurm": SLURM_RANK
 def variables(coordinator: str, num_processes: int, process_id: int) -> dict[str, str]:
   """The plain variables that `detect` reads, for whoever starts the processes itself."""
   return {
+    LAUNCHER: "environment",
     COORDINATOR: coordinator,
     NUM_PROCESSES: str(num_processes),
     PROCESS_ID: str(process_id),
@@ -108,9 +118,36 @@ def _plain(environ: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, int
       raise ValueError(f"{name}: expected a value beside {given}, got none")
   address = environ[COORDINATOR]
   host, _, port = address.rpartition(":")
-  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-    raise ValueError(f"{COORDINATOR}: expected host:port, got {address!r}")
-  return address, _number(environ, NUM_PROCESSES, 1), _number(environ, PROCESS_ID, 0)
+  if not host or not port.isdecimal() or not 0 < int(port) <= _MOST_PORT:
+    raise ValueError(
+      f"{COORDINATOR}: expected host:port, a port from 1 to {_MOST_PORT}, got {address!r}"
+    )
+  count, index = _number(environ, NUM_PROCESSES, 1), _number(environ, PROCESS_ID, 0)
+  if LAUNCHER not in environ:
+    _check_step(environ, count, index)
+  return address, count, index
+
+
+def _check_step(environ: Mapping[str, str], count: int, index: int) -> None:
+  """Refuses plain variables that were exported for a step of several tasks, the same to all.
+
+  A task may start several processes itself. Outside a step, or in one of a single task (which a
+  shell may be), whoever set the plain variables is believed.
+  """
+  if SLURM_NODES not in environ or SLURM_RANK not in environ:
+    return
+  tasks, rank = _step_tasks(environ), _number(environ, SLURM_RANK, 0)
+  each = count // tasks
+  if tasks == 1 or (count % tasks == 0 and index // each == rank):
+    return
+  if count % tasks:
+    raise ValueError(
+      f"{NUM_PROCESSES}: expected {tasks}, the tasks of this Slurm step, or a multiple, got {count}"
+    )
+  expected = f"{rank}" if each == 1 else f"{rank * each} to {rank * each + each - 1}"
+  raise ValueError(
+    f"{PROCESS_ID}: expected {expected} in task {SLURM_RANK} = {rank} of {tasks}, got {index}"
+  )
 
 
 def _jobset(environ: Mapping[str, str]) -> tuple[str, int, int]:
@@ -130,29 +167,37 @@ def _jobset(environ: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _slurm(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  counted = [name for name in SLURM_COUNTS if name in environ]
-  if not counted:
-    raise ValueError(f"{SLURM_COUNTS[0]}: expected the step's number of tasks, got none")
+  tasks = _step_tasks(environ)
   first, count = _SLURM_PORTS
   chosen = first + _number(environ, SLURM_ID, 0, 0) % count
   port = _number(environ, COORDINATOR_PORT, 1, chosen)
   return (
     f"{first_host(environ[SLURM_NODES])}:{port}",
-    _number(environ, counted[0], 1),
+    tasks,
     _number(environ, SLURM_RANK, 0),
   )
 
 
+def _step_tasks(environ: Mapping[str, str]) -> int:
+  for name in SLURM_COUNTS:
+    if name in environ:
+      return _number(environ, name, 1)
+  raise ValueError(f"{SLURM_COUNTS[0]}: expected the step's number of tasks, got none")
+
+
+_HOST = r"[\w.-](?:[\w.-]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])*"
+
+
 def first_host(nodes: str) -> str:
-  """The first host of a Slurm node list: `node007` of `node[007-012,020],other3`.
+  """The first host of a Slurm node list: `rack1gpu007` of `rack[1-2]gpu[007-012,020],other3`.
 
   Raises:
     ValueError: it is none.
   """
-  match = re.match(r"([\w.-]+?)(?:\[(\d+)[\d,-]*\]([\w.-]*))?(?:,|$)", nodes)
+  match = re.fullmatch(f"({_HOST})(?:,{_HOST})*", nodes)
   if match is None:
     raise ValueError(f"{SLURM_NODES}: expected a list of nodes, got {nodes!r}")
-  return match[1] + (match[2] or "") + (match[3] or "")
+  return re.sub(r"\[(\d+)[^]]*\]", r"\1", match[1])
 
 
 def _devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -165,10 +210,18 @@ def _devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
   return tuple(map(int, numbers))
 
 
-def _number(environ: Mapping[str, str], name: str, least: int, default: int | None = None) -> int:
+def _number(
+  environ: Mapping[str, str],
+  name: str,
+  least: int,
+  default: int | None = None,
+  most: int | None = None,
+) -> int:
   given = environ.get(name)
   if given is None and default is not None:
     return default
-  if given is None or not given.isdecimal() or int(given) < least:
-    raise ValueError(f"{name}: expected an integer >= {least}, got {given!r}")
+  fits = given is not None and given.isdecimal() and int(given) >= least
+  if given is None or not fits or (most is not None and int(given) > most):
+    bound = f">= {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name}: expected an integer {bound}, got {given!r}")
   return int(given)

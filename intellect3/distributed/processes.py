@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from typing import Any, Protocol
 
 import jax
 
+from intellect3.distributed import meeting
 from intellect3.distributed.cluster import Cluster
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 _POLL_MS = 1000
 _CHUNK = 1 << 20
 """Most bytes of one value; the store's messages are bounded."""
+_GRACE_SECONDS = 0.5
+"""How long an end may wait for the words of others."""
 
 
 class Stop(Protocol):
@@ -67,8 +72,11 @@ class Processes:
       self._put(f"post/{name}", value)
 
   def await_post(self, name: str, stop: Stop | None = None) -> Any:
-    """What process 0 posted; waits for it. None where `stop` was set before it came."""
-    return self._take(f"post/{name}", stop)
+    """What process 0 posted; waits for it. None where `stop` was set before it came.
+
+    Every other process takes it, once; the last to do so removes it from the store.
+    """
+    return self._take_once(f"post/{name}", stop)
 
   def broadcast(self, name: str, value: Any) -> Any:
     """Process 0's value, on every process; all must call it, as often for each name."""
@@ -78,7 +86,7 @@ class Processes:
     if self.is_first:
       self._put(key, value)
       return value
-    return self._take(key)
+    return self._take_once(key)
 
   def gather(self, name: str, value: Any) -> list[Any]:
     """Every process's value, in their order, on every process; all must call it likewise."""
@@ -108,6 +116,16 @@ class Processes:
       self._store.key_value_set(f"intellect3/{key}/{number}", part)
     self._store.key_value_set(f"intellect3/{key}/count", str(len(parts)))
 
+  def _take_once(self, key: str, stop: Stop | None = None) -> Any:
+    """As `_take`; of the processes that do so, all but the first, the last deletes the value."""
+    value = self._take(key, stop)
+    # A value may be None: whether there was one, only a stop leaves open.
+    if value is None and stop is not None and stop.is_set():
+      return None
+    if self._store.key_value_increment(f"intellect3/{key}/taken", 1) == self.count - 1:
+      self._store.key_value_delete(f"intellect3/{key}/")
+    return value
+
   def _take(self, key: str, stop: Stop | None = None) -> Any:
     count = self._wait(f"intellect3/{key}/count", stop)
     if count is None:
@@ -133,50 +151,96 @@ ALONE = Processes()
 def started(cluster: Cluster) -> Iterator[None]:
   """Starts `jax.distributed`, before any device is touched; `here` then knows of the others.
 
-  A process that fails inside ends at once with exit code 1, its traceback in the log: at the usual
-  end it would wait for the others, which wait for it. They end by its closed connections, or after
-  `heartbeat_seconds`.
+  The processes meet first (`distributed.meeting`): where they do not within `start_seconds`, one
+  line says who is missing. A process that fails inside ends at once, its traceback in the log, and
+  tells the others why: at the usual end it would wait for them, which wait for it. They end with
+  `meeting.EXIT_LOST` and a last line that names it, as they do where one is killed. Only where a
+  process is there but silent (stopped, its memory exhausted) it is jax that aborts the others,
+  after `heartbeat_seconds`.
 
   Args:
     cluster: of `cluster.detect`; of one process nothing is started.
 
   Raises:
-    RuntimeError: the processes did not meet in time, or a device has been touched before.
+    SystemExit: 2, the processes did not meet; nothing was started.
+    RuntimeError: a device has been touched before.
   """
   if cluster.num_processes == 1:
     yield
     return
-  # Only asked on CPUs; the default there has no collectives between processes.
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
   logger.info(
     "process %d of %d (%s), coordinator %s",
     *(cluster.process_id, cluster.num_processes, cluster.launcher, cluster.coordinator),
   )
-  jax.distributed.initialize(
-    cluster.coordinator,
-    num_processes=cluster.num_processes,
-    process_id=cluster.process_id,
-    local_device_ids=cluster.local_devices,
-    cluster_detection_method="deactivate",
-    initialization_timeout=cluster.start_seconds,
-    heartbeat_timeout_seconds=cluster.heartbeat_seconds,
-    shutdown_timeout_seconds=cluster.shutdown_seconds,
-  )
+  met = meeting.Meeting(cluster)
   try:
+    met.meet()
+  except meeting.NotMet as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+  ending = threading.Lock()
+  met.watch(lambda lost: _end_of_lost(cluster, met, ending, lost))
+  try:
+    # Only asked on CPUs; the default there has no collectives between processes.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+      cluster.coordinator,
+      num_processes=cluster.num_processes,
+      process_id=cluster.process_id,
+      local_device_ids=cluster.local_devices,
+      cluster_detection_method="deactivate",
+      initialization_timeout=cluster.start_seconds,
+      heartbeat_timeout_seconds=cluster.heartbeat_seconds,
+      shutdown_timeout_seconds=cluster.shutdown_seconds,
+    )
     yield
+    met.leave()
     jax.distributed.shutdown()
   except BaseException as error:
-    code = error.code if isinstance(error, SystemExit) else 1
-    if not isinstance(error, SystemExit):
-      traceback.print_exc()
-      print(
-        f"error: process {cluster.process_id} of {cluster.num_processes} failed: "
-        f"{type(error).__name__}: {error}",
-        file=sys.stderr,
-      )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    _end_of_failure(cluster, met, ending, error)
+
+
+def _end_of_failure(
+  cluster: Cluster, met: meeting.Meeting, ending: threading.Lock, error: BaseException
+) -> None:
+  """Ends this process, which raised."""
+  code, told = 1, f"{type(error).__name__}: {error}"
+  if isinstance(error, SystemExit):
+    code, told = exit_code(error.code), f"exit code {exit_code(error.code)}"
+    if isinstance(error.code, str):
+      print(error.code, file=sys.stderr)
+  else:
+    traceback.print_exc()
+    name = f"process {cluster.process_id} of {cluster.num_processes}"
+    print(f"error: {name} failed: {told}", file=sys.stderr, flush=True)
+    lost = met.wait_lost(_GRACE_SECONDS)  # a collective raises where another process is gone
+    if lost is not None:
+      _end_of_lost(cluster, met, ending, lost)
+  sys.stdout.flush()
+  with ending:
+    met.leave(told if code else None)
+    if not cluster.process_id:
+      met.wait_alone(2 * _GRACE_SECONDS)
+    os._exit(code)
+
+
+def _end_of_lost(cluster: Cluster, met: meeting.Meeting, ending: threading.Lock, lost: str) -> None:
+  """Ends this process because another one has; from whichever thread comes first."""
+  with ending:
+    if not lost.startswith("process 0 of"):  # then jax's client is about to abort
+      time.sleep(_GRACE_SECONDS / 2)  # for what this process has to say itself
+    name = f"process {cluster.process_id} of {cluster.num_processes}"
+    print(f"error: {name} ends since {lost}", file=sys.stderr, flush=True)
+    if not cluster.process_id:
+      met.wait_alone(2 * _GRACE_SECONDS)  # else jax's clients abort before they have said it
+    os._exit(meeting.EXIT_LOST)
+
+
+def exit_code(code: object) -> int:
+  """The exit code of a `SystemExit.code`, as the interpreter takes it."""
+  if code is None:
+    return 0
+  return code if isinstance(code, int) else 1
 
 
 def here() -> Processes:

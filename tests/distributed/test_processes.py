@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import together
 
-from intellect3.distributed import cluster, watchdog
+from intellect3.distributed import cluster, meeting, processes, watchdog
 from intellect3.models import hf
 from intellect3.rl import checks
 from intellect3.sharding.mesh import make_mesh
@@ -22,12 +22,12 @@ from intellect3.training import checkpoint
 from intellect3.weights import manifest, publish
 
 
-def start(what, directory, **environment):
+def start(what, directory, count=2, **environment):
   (port,) = checks.free_ports("127.0.0.1", 1)
   here = pathlib.Path(__file__)
   command = [sys.executable, str(here.with_name("together.py")), what, str(directory)]
   started = []
-  for index in range(2):
+  for index in range(count):
     own = cluster.variables(f"127.0.0.1:{port}", 2, index)
     path = {"PYTHONPATH": str(here.parents[2])}
     with (directory / f"{index}.log").open("w") as log:
@@ -43,7 +43,11 @@ def start(what, directory, **environment):
 
 
 def logs(directory):
-  return [(directory / f"{index}.log").read_text() for index in range(2)]
+  return [path.read_text() for path in sorted(directory.glob("[0-9].log"))]
+
+
+def last_line(directory, index):
+  return logs(directory)[index].splitlines()[-1]
 
 
 @pytest.fixture
@@ -111,24 +115,53 @@ def kill(started, directory, index):
 def test_a_process_that_is_killed_in_a_collective_ends_the_other(tmp_path, ending):
   started = start("hang", tmp_path, STALL="100")
   ending(started)
-  assert kill(started, tmp_path, 1).wait(20) == 1
-  assert "error: process 0 of 2 failed" in logs(tmp_path)[0]
+  assert kill(started, tmp_path, 1).wait(20) == meeting.EXIT_LOST
+  assert last_line(tmp_path, 0) == (
+    "error: process 0 of 2 ends since process 1 of 2 ended without a word: killed, or cut off"
+  )
 
 
 @pytest.mark.parametrize(
-  ("index", "said"),
+  ("index", "who"),
   [
-    (1, r"The following tasks are unhealthy \(stopped sending heartbeats\):\s*1\b"),
-    pytest.param(0, "Failed to send RPC to coordination service", marks=pytest.mark.slow),
+    (1, "process 1 of 2"),
+    pytest.param(0, r"process 0 of 2, the coordinator \(127.0.0.1:\d+\),", marks=pytest.mark.slow),
   ],
 )
-def test_one_that_is_killed_while_all_wait_ends_the_other_by_its_heartbeat(
-  tmp_path, ending, index, said
-):
-  started = start("idle", tmp_path, INTELLECT3_HEARTBEAT_SECONDS="2")
+def test_one_that_is_killed_while_all_wait_is_the_others_last_word(tmp_path, ending, index, who):
+  """Long before the heartbeat: nothing of it is waited for."""
+  started = start("idle", tmp_path, INTELLECT3_HEARTBEAT_SECONDS="600")
   ending(started)
-  assert kill(started, tmp_path, index).wait(20) != 0
-  assert re.search(said, logs(tmp_path)[1 - index])
+  assert kill(started, tmp_path, index).wait(20) == meeting.EXIT_LOST
+  expected = f"error: process {1 - index} of 2 ends since {who} ended without a word: killed, or"
+  assert re.match(expected, last_line(tmp_path, 1 - index)), logs(tmp_path)[1 - index]
+
+
+@pytest.mark.slow
+def test_one_that_fails_says_why_to_the_others(tmp_path, ending):
+  started = start("fail", tmp_path)
+  ending(started)
+  assert [process.wait(60) for process in started] == [meeting.EXIT_LOST, 1]
+  assert last_line(tmp_path, 1) == "error: process 1 of 2 failed: ValueError: what is wrong"
+  assert last_line(tmp_path, 0) == (
+    "error: process 0 of 2 ends since process 1 of 2 failed: ValueError: what is wrong"
+  )
+
+
+def test_one_that_never_comes_ends_the_other_with_one_line(tmp_path, ending):
+  (first,) = start("idle", tmp_path, count=1, INTELLECT3_START_SECONDS="1")
+  ending([first])
+  assert first.wait(60) == 2
+  assert re.fullmatch(
+    r"error: coordinator 127.0.0.1:\d+: expected 2 processes within 1 s, got 1: 0; missing: 1 "
+    r"\(process 0 of 2\)\n",
+    logs(tmp_path)[0],
+  )
+
+
+@pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (3, 3), ("what is wrong", 1)])
+def test_exit_codes_are_the_interpreters(given, code):
+  assert processes.exit_code(given) == code
 
 
 def test_a_collective_that_one_never_enters_ends_with_stacks(tmp_path, ending):

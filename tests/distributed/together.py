@@ -12,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed
 
 from intellect3.distributed import arrays, cluster, processes, watchdog
 from intellect3.models import hf, presets
@@ -64,15 +65,20 @@ def agree(here):
   if here.is_first:
     time.sleep(0.3)
     here.post("batch", {"step": 1})
-  told = []
-  thread = threading.Thread(target=lambda: told.append(here.await_post("batch")))
-  thread.start()
-  here.barrier("met")
-  thread.join(20)
-  assert told == [{"step": 1}]
+    here.barrier("met")
+  else:
+    told = []
+    thread = threading.Thread(target=lambda: told.append(here.await_post("batch")))
+    thread.start()
+    here.barrier("met")
+    thread.join(20)
+    assert told == [{"step": 1}]
   stop = threading.Event()
   stop.set()
   assert here.await_post("never", stop) is None
+  here.barrier("read")
+  left = dict(distributed.global_state.client.key_value_dir_get("intellect3/"))
+  assert not [key for key in left if "greeting" in key or "batch" in key], left
 
 
 def place(mesh):
@@ -164,12 +170,21 @@ def idle(here, directory):
   here.await_post("batch")
 
 
+def fail(here, directory):
+  """One raises while the other waits."""
+  here.barrier("met")
+  if here.index == 1:
+    raise ValueError("what is wrong")
+  here.await_post("batch")
+  here.barrier("never")
+
+
 def main():
   what, directory = sys.argv[1], pathlib.Path(sys.argv[2])
   with processes.started(cluster.detect(os.environ)):
     here = processes.here()
-    if what in ("hang", "idle"):
-      {"hang": hang, "idle": idle}[what](here, directory)
+    if what in ("hang", "idle", "fail"):
+      {"hang": hang, "idle": idle, "fail": fail}[what](here, directory)
     else:
       agree(here)
       write(here, directory)
