@@ -6,16 +6,19 @@ environment. It reads step n's batch, makes weights v(n), publishes them and say
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from intellect3 import telemetry
 from intellect3.distributed import processes as starting
 from intellect3.distributed import watchdog
-from intellect3.models import hf, kernel_choice
+from intellect3.models import hf, kernel_choice, parallel, transformer
+from intellect3.models.config import ModelConfig
 from intellect3.pipeline import packing, placement, rollout_source
 from intellect3.rl import canary, checks, feed, reference, train_loop
 from intellect3.rl.publisher import Publisher
@@ -78,8 +81,9 @@ def trainer(
       policy's vocabulary. Its routers choose for themselves. It lies on the devices beside the
       policy.
     reference_dtype: dtype of the reference's parameters and computation; None: the policy's.
-    mesh: sizes of the mesh axes (`data`, `fsdp`, `expert`, `context`, `tensor`); all devices on
-      `fsdp` by default.
+    mesh: sizes of the mesh axes (`data`, `fsdp`, `expert`, `context`, `tensor`), whose product is
+      the number of devices; all of them on `fsdp` by default. Rows, heads, widths and experts must
+      divide over it.
     rules: logical axis -> mesh axis, a table of `sharding.rules`.
     model_options: run options of the ModelConfig (dtype, remat_policy, kernels).
     weights_dtype: dtype of published weights; None keeps that of the parameters.
@@ -123,9 +127,6 @@ def trainer(
       "trainer.loss_fn, optimizer: expected a loss function (@name) and an optimizer (@name()), "
       f"got {loss_fn!r}, {optimizer!r}"
     )
-  unknown = set(mesh or {}) - set(mesh_lib.AXES)
-  if unknown:
-    raise NotStarted(f"trainer.mesh: expected axes of {mesh_lib.AXES}, got {sorted(unknown)}")
   checks.rules("trainer.rules", rules)
   packing.choose_row_count(1, micro_rows=micro_rows, row_counts=row_counts)  # for its checks
   float32 = {"dtype": "float32", "param_dtype": "float32"}
@@ -154,6 +155,10 @@ def trainer(
       f"renderer: expected at most the model's {checked.vocab_size} ids, "
       f"got {shared.renderer.vocab_size}"
     )
+  grid = _checked_mesh(mesh, processes or jax.process_count())
+  if grid is not None:
+    models = [checked, *([] if checked_reference is None else [checked_reference])]
+    _check_fit(grid, models, rules, micro_rows=micro_rows, row_length=row_length)
 
   def main() -> None:
     processes = starting.here()
@@ -277,6 +282,54 @@ def trainer(
     )
 
   return Trainer(main, processes)
+
+
+def _checked_mesh(mesh: Mapping[str, int] | None, processes: int) -> AbstractMesh | None:
+  """The mesh without its devices; None where those of the processes to come are not known here."""
+  known = processes == jax.process_count()  # else `all` will start them
+  if mesh is None:
+    mesh = {"fsdp": jax.device_count()}
+    if not known:
+      return None
+  if not isinstance(mesh, Mapping) or set(mesh) - set(mesh_lib.AXES):
+    given = sorted(map(str, mesh)) if isinstance(mesh, Mapping) else mesh
+    raise NotStarted(f"trainer.mesh: expected sizes of the axes {mesh_lib.AXES}, got {given!r}")
+  for axis, size in mesh.items():
+    checks.integer(f"trainer.mesh[{axis!r}]", size, 1)
+  count = math.prod(mesh.values())
+  if known and count != jax.device_count():
+    raise NotStarted(
+      f"trainer.mesh: expected sizes whose product is the number of devices, {jax.device_count()}, "
+      f"got {dict(mesh)}"
+    )
+  if count % processes:
+    raise NotStarted(
+      f"trainer.mesh: expected as many devices for each of {processes} processes, got {dict(mesh)}"
+    )
+  return AbstractMesh(tuple(mesh.get(axis, 1) for axis in mesh_lib.AXES), mesh_lib.AXES)
+
+
+def _check_fit(
+  grid: Any,
+  models: Sequence[ModelConfig],
+  rules: Rules,
+  *,
+  micro_rows: int,
+  row_length: int,
+) -> None:
+  """Refuses rows and models that do not divide over the mesh, of which only the shape is asked."""
+  try:
+    placement.check_rows(grid, micro_rows=micro_rows, row_length=row_length)
+  except ValueError as error:
+    raise NotStarted(f"trainer.{error}") from error
+  for config in models:
+    try:
+      layout.param_shardings(config, grid, rules)
+      parallel.divide(transformer.abstract(config)[1], grid.shape, rules)
+    except ValueError as error:
+      told = [line.strip() for line in str(error).splitlines()]
+      more = f" (and {len(told) - 2} more tensors)" if len(told) > 2 else ""
+      raise NotStarted(f"trainer.mesh, rules: {' '.join(told[:2])}{more}") from error
 
 
 def _target(state: states.TrainState) -> states.TrainState:
