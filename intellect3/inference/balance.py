@@ -200,9 +200,13 @@ class Balancer:
 
     Args:
       urls: addresses.
-      versions: the weights that each has; those left out keep what was told of them.
+      versions: the weights that each has; those left out keep what was told of them. One whose
+        weights are told was checked again: its fence is lifted.
     """
     wanted = dict.fromkeys(urls)
+    for url in versions or {}:
+      if url in self._servers and self._servers[url].fenced is not None:
+        del self._servers[url]
     for url in wanted:
       self._servers.setdefault(url, Server(url))
     for url, server in list(self._servers.items()):

@@ -145,7 +145,7 @@ class ServerPool:
 
     Args:
       urls: addresses.
-      versions: the weights each has, the cache key of requests that bring none.
+      versions: the weights each has, the cache key of requests that bring none; lifts its fence.
     """
     self._balancer.set_servers(urls, versions)
 

@@ -1,4 +1,4 @@
-"""The fault lab: schedules hold, a seed gives the same trace everywhere, planted faults are found."""
+"""The fault lab: schedules hold, a seed gives one trace everywhere, planted faults are found."""
 
 import dataclasses
 import hashlib

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from intellect3.inference import fleet, transport
+from intellect3.inference import client, fleet, transport
 from intellect3.inference.control import ServerBusy, ServerControl
 from intellect3.inference.weight_sync import ServerSync
 from intellect3.rl import conducting
@@ -164,3 +164,14 @@ def test_tokens_of_a_version_that_nobody_published_are_not_trained_on():
   outcome = lab.run_plan(schedule.Schedule(quiet.seed, quiet.world, (garbage,)))
   assert outcome.ok and outcome.end == "trained"
   assert any("has tokens of v77" in line for line in outcome.trace)
+
+
+def test_a_fenced_server_that_was_checked_again_is_used_again():
+  # Found as: a run that hangs: its one server had left the list and come back, and the workers'
+  # pools never heard that its fence was lifted.
+  pool = client.ServerPool(Servers(a="0"), [A], vocab_size=VOCAB)
+  pool.fence(A, "wrong weights")
+  pool.set_servers([A])
+  assert pool.urls == ()
+  pool.set_servers([A], {A: 3})
+  assert pool.urls == (A,)
