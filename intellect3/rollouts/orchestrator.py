@@ -256,7 +256,7 @@ class Orchestrator:
     return version
 
   def _pump(self) -> None:
-    """Does what the scheduler allows now: plan a batch, dispatch, forget."""
+    """Does what the scheduler allows now: plan a batch, forget, dispatch."""
     scheduler = self._scheduler
     if scheduler is None or not self._collecting or not self._links:
       return
@@ -267,13 +267,13 @@ class Orchestrator:
           self._ask_for_shards(plan)  # at once: between plan and request no worker may leave
           self._commit_task = asyncio.ensure_future(self._commit(plan))
           self._commit_task.add_done_callback(self._committed)
+      self._forget(scheduler.take_forgotten())
       # After the plan, which may have dropped stale groups: what they leave room for starts now.
       started = scheduler.dispatch() if self._versions else []
       if started:  # kept before it is sent: what a crash loses must have been counted
         self._ports.dispatched(scheduler.accounting.counts()["dispatched"])
       for dispatch in started:
         self._assign(dispatch)
-      self._forget(scheduler.take_forgotten())
     except Exception as error:
       self._fail(f"{type(error).__name__}: {error}")
 

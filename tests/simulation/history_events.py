@@ -89,19 +89,17 @@ class History(World):
     )
 
   def hear(self, which, twice):
-    """A message that was late arrives, or arrives twice."""
-    unheard = [
-      (link, message) for _, link in sorted(self.links.items()) for message in link.unheard
-    ]
+    """A message that was late arrives, perhaps twice."""
+    links = [link for _, link in sorted(self.links.items())]
+    unheard = [(link, message) for link in links for message in link.unheard]
     if self.over or not unheard:
       return
     link, message = unheard[which % len(unheard)]
-    if not twice:
-      link.unheard.remove(message)
-    kind = "shard" if is_written(message) else f"rollout {message.rollout_id}"
-    self._hear(
-      link.name, message, f"late: {kind} of {link.name}{', not for the last time' * twice}"
-    )
+    kind = "a shard" if is_written(message) else f"rollout {message.rollout_id}"
+    link.unheard.remove(message)
+    self._hear(link.name, message, f"{link.name} is heard late of {kind}")
+    if twice and not self.over:
+      self._hear(link.name, message, f"{link.name} is heard again of {kind}")
 
   def _hear(self, name, message, line):
     if not is_written(message) and name in self.links:

@@ -94,6 +94,8 @@ class Ledger:
     expect(key not in self.attempts, f"rollout {key} is dispatched twice")
     expect(key not in self.now.trained, f"rollout {key} was trained and is dispatched again")
     expect(load[worker] == min(load.values()), f"{worker} gets {key} but others run fewer: {load}")
+    new = dispatch.group_id not in self.groups
+    expect(not new or self.may_dispatch(), f"group {dispatch.group_id} is dispatched too early")
     self.attempts[key] = Attempt(dispatch, worker, self.served)
     members = self.groups[dispatch.group_id]
     members.append(key)

@@ -87,7 +87,7 @@ def possible(history, calm):
       ("write", 2 * any(link.writes for link in links)),
       ("land", 2 * (history.landing is not None)),
       ("train", bool(history.untrained)),
-      ("hear", any(link.unheard for link in links)),
+      ("hear", 2 * any(link.unheard for link in links)),
       ("finish", 2 * any(link.running for link in links)),
     )
     for _ in range(int(times))
