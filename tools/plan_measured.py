@@ -103,15 +103,15 @@ def measure(job: Job, name: str, device: hardware.Hardware) -> dict[str, Any]:
   peak = (
     _resident("VmHWM") - before if on_cpu else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
   )
-  planned = report["peak_gib"] * plan.GIB
+  planned = report["peak_gib"] * hardware.GIB
   parameters = sum(leaf.size for leaf in jax.tree.leaves(program.first.params))
   found = {
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
     "parameters": parameters,
     "tokens": job.tokens,
-    "planned_gib": planned / plan.GIB,
-    "measured_gib": peak / plan.GIB,
+    "planned_gib": planned / hardware.GIB,
+    "measured_gib": peak / hardware.GIB,
     "gap": planned / peak - 1,
   }
   if not on_cpu:

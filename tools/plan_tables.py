@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intellect3.planning import table
+
 BEGIN, END = "<!-- plans -->", "<!-- /plans -->"
 
 
@@ -88,7 +90,7 @@ def _plans(report: Mapping[str, Any]) -> list[list[str]]:
   found = []
   for number, (name, one) in enumerate(report["programs"].items()):
     memory = one["memory"]
-    lower = "+" if one["unknown_loops"] else ""
+    lower = table.lower_bound(one)
     peak = f"{one['peak_gib']:.1f}" if one["fits"] else f"**{one['peak_gib']:.1f}**"
     found.append(
       [

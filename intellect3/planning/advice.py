@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from intellect3.planning import schedule
+from intellect3.planning.hardware import GIB
 from intellect3.planning.job import Job
 from intellect3.planning.memory import Buffer, Memory
 from intellect3.planning.programs import Program
 from intellect3.training.state import TrainState
 
-GIB = 2**30
 AIM = 0.05
 """Share of a step that may be waiting for collectives."""
 
@@ -63,7 +63,7 @@ def faults(found: Situation) -> list[str]:
       "that its host has for it"
     )
   return lines + [
-    f"float32 weight {row['weight']} is gathered {row['count']} times, {row['bytes'] / GIB:.2f} GiB"
+    f"float32 weight {row['weight']} travels {row['count']} times, {row['bytes'] / GIB:.2f} GiB"
     for row in found.travelling
   ]
 
@@ -82,7 +82,7 @@ def advice(found: Situation) -> list[str]:
       "counted"
     )
   if found.travelling:
-    lines.append("cast parameters to the computation's dtype before they are gathered")
+    lines.append("cast parameters to the computation's dtype before they travel")
   return lines + _waits(found)
 
 

@@ -9,6 +9,9 @@ import tomllib
 from collections.abc import Mapping
 
 FILE = pathlib.Path(__file__).with_name("hardware.toml")
+GIB = 2**30
+MARGIN = 0.08
+"""Share of the card that a plan leaves free: the CUDA context, NCCL's buffers, fragmentation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,9 +80,16 @@ def load(name: str, file: pathlib.Path | None = None) -> Hardware:
     file: another file of `hardware.toml`'s form; None: that one.
 
   Raises:
-    ValueError: no such table, or a field that is missing, unknown or wrong.
+    ValueError: no such file or table, or a field that is missing, unknown or wrong.
   """
-  tables = tomllib.loads((file or FILE).read_text(encoding="utf-8"))
+  try:
+    text = (file or FILE).read_text(encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"hardware: expected a file, got {file or FILE}: {error.strerror}") from error
+  try:
+    tables = tomllib.loads(text)
+  except tomllib.TOMLDecodeError as error:
+    raise ValueError(f"hardware: expected TOML, got {(file or FILE).name}: {error}") from error
   if name not in tables:
     raise ValueError(f"target: expected one of {tuple(tables)}, got {name!r}")
   try:

@@ -22,6 +22,8 @@ _BITS = {
 _ARRAY = re.compile(
   r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<dims>[\d,<=]*)\](?:\{[^{}]*?S\((?P<space>\d+)\)[^{}]*\})?"
 )
+PACKAGE = "intellect3/"
+"""Where what is planned is written: of stack frames the innermost in it is named."""
 HOST = 5
 """XLA's number for the host's memory, as a layout names it: `f32[8]{0:S(5)}`."""
 _NAME = re.compile(r"%([\w.\-]+)")

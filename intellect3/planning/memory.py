@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from intellect3.planning.hlo import HOST, Computation, Instruction, Module
+from intellect3.planning.hlo import HOST, PACKAGE, Computation, Instruction, Module
 from intellect3.planning.programs import Program
 from intellect3.training.state import TrainState
 
 _NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "call")
-PACKAGE = "intellect3/"
-"""Of a buffer's stack frames the innermost inside it is named."""
 
 
 class Memory(NamedTuple):
@@ -29,7 +27,8 @@ class Memory(NamedTuple):
     temporaries: what the program allocates beside its arguments and results.
     arguments: parameters, optimizer, batch, and how XLA pads them.
     outputs: results that do not take an argument's place.
-    peak: the most at one time, with what is donated counted once.
+    peak: the most at one time, with what is donated counted once: arguments, outputs, temporaries
+      and reference.
     host: in the host's memory, for this device: activations that are offloaded.
   """
 

@@ -14,22 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from intellect3.models import transformer
 from intellect3.models.config import ModelConfig
 from intellect3.planning import advice, memory, programs, schedule, travel
 from intellect3.planning import hlo as texts
-from intellect3.planning.hardware import Hardware
+from intellect3.planning.hardware import GIB, MARGIN, Hardware
 from intellect3.planning.job import Job
 from intellect3.planning.programs import Program
 from intellect3.sharding.mesh import make_mesh
 from intellect3.training import flops as analytic
 from intellect3.training import layout
-
-GIB = 2**30
-MARGIN = 0.08
-"""Share of the card that a plan leaves free: the CUDA context, NCCL's buffers, fragmentation."""
 
 _KEEPS_ATTENTION = ("attention", "offload_attention")
 _KEEPS_PRODUCTS = ("dots", "dots_no_batch")
@@ -62,14 +59,19 @@ def plan(
   Returns:
     A report fit for JSON: of the first program `peak_gib`, `memory`, `collectives`,
     `flops_per_step`, `predicted_step_seconds`, `predicted_mfu`; of all of them `fits`, `advice`,
-    `faults`, `compile_seconds`, and each one's own under `programs`.
+    `faults`, `compile_seconds`, and each one's own under `programs`. `float32_weights` is None
+    where nothing can be told of them: for CPUs.
 
   Raises:
-    ValueError: the job does not fit the mesh.
+    ValueError: before anything is traced: the job does not fit the mesh, a program that it does not
+      have, or an option that XLA does not know.
   """
   mesh = make_mesh(devices=devices, **job.axes(len(devices)))
+  names = tuple(names or programs.names_of(job))
+  programs.check(job, names, mesh)
+  check_options(options, devices[0])
   reports = {}
-  for name in names or programs.names_of(job):
+  for name in names:
     say(f"{name}: tracing")
     began = time.monotonic()
     program = programs.make(job, name, mesh)
@@ -109,8 +111,27 @@ def plan(
 
 _FIRST = (
   *("peak_gib", "memory", "collectives", "flops_per_step", "predicted_step_seconds"),
-  *("predicted_mfu", "limited_by", "exposed_share"),
+  *("predicted_mfu", "limited_by", "exposed_share", "unknown_loops"),
 )
+
+
+def check_options(options: Mapping[str, Any] | None, device: jax.Device) -> None:
+  """Raises ValueError with XLA's own line for options that it does not take, told by next to none.
+
+  Args:
+    options: of XLA for a compilation, by name.
+    device: to compile for.
+  """
+  if not options:
+    return
+  placed = jax.sharding.SingleDeviceSharding(device)
+  one: Any = jax.ShapeDtypeStruct((), np.float32, sharding=placed)
+  with jax.default_device(device):
+    lowered = jax.jit(lambda x: x + 1, out_shardings=placed).lower(one)
+    try:
+      lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+      raise ValueError(f"--xla: {str(error).splitlines()[0]}") from error
 
 
 def report(
@@ -159,7 +180,7 @@ def report(
     "usable_gib": usable / GIB,
     "collectives": collective_rows(line, nodes),
     "host_copies": copy_rows(line),
-    "float32_weights": travelling,
+    "float32_weights": None if on_cpu else travelling,
     "flops_per_step": useful,
     "hlo_matrix_flops_per_device": line.matrix_flops,
     "predicted_step_seconds": seconds,

@@ -10,6 +10,7 @@ text for text.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,14 @@ def names_of(job: Job) -> tuple[str, ...]:
   return tuple(name for name in NAMES if not missing.get(name))
 
 
+def check(job: Job, names: Sequence[str], mesh: Mesh) -> None:
+  """Raises ValueError for a program that the job does not have, or rows that do not divide."""
+  for name in names:
+    if name not in names_of(job):
+      raise ValueError(f"program: expected one of {names_of(job)}, got {name!r}")
+  placement.check_rows(mesh, micro_rows=job.micro_rows, row_length=job.row_length)
+
+
 def make(job: Job, name: str, mesh: Mesh) -> Program:
   """One of a job's programs.
 
@@ -68,9 +77,7 @@ def make(job: Job, name: str, mesh: Mesh) -> Program:
   Raises:
     ValueError: an unknown name, or a job that does not fit the mesh.
   """
-  if name not in names_of(job):
-    raise ValueError(f"program: expected one of {names_of(job)}, got {name!r}")
-  placement.check_rows(mesh, micro_rows=job.micro_rows, row_length=job.row_length)
+  check(job, [name], mesh)
   scores = job.reference if name == "logprobs" else None
   with jax.set_mesh(mesh):
     config = kernel_choice.resolve(scores or job.model)

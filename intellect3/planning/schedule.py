@@ -13,7 +13,7 @@ from typing import NamedTuple
 from intellect3.planning import collectives, host_copies
 from intellect3.planning.collectives import Collective
 from intellect3.planning.hardware import Hardware
-from intellect3.planning.hlo import Computation, Instruction, Module, runs
+from intellect3.planning.hlo import PACKAGE, Computation, Instruction, Module, runs
 from intellect3.planning.host_copies import ALLOCATES, HostCopy
 
 # No kernel: names for values, or bookkeeping on the host.
@@ -47,6 +47,7 @@ class Event(NamedTuple):
     exposed_seconds: that the device waits for it, each time.
     in_unknown_loop: whether it runs in a loop whose trip count XLA does not know.
     source: the traced function's path.
+    file: where it was written, as `hlo.Module.source` says it.
   """
 
   collective: Collective
@@ -55,6 +56,7 @@ class Event(NamedTuple):
   exposed_seconds: float
   in_unknown_loop: bool
   source: str
+  file: str = ""
 
 
 @dataclasses.dataclass
@@ -178,7 +180,10 @@ def _run(
     began = _begun(instruction, computation, module, hardware, axes, nodes)
     if began is not None:
       event = (
-        Event(began.what, times, began.seconds, began.seconds, unknown, instruction.op_name)
+        Event(
+          *(began.what, times, began.seconds, began.seconds, unknown, instruction.op_name),
+          module.source(instruction, PACKAGE),
+        )
         if isinstance(began.what, Collective)
         else Copied(began.what, times, began.seconds, began.seconds)
       )

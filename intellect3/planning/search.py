@@ -13,7 +13,7 @@ import jax
 
 from intellect3.pipeline import placement
 from intellect3.planning import bounds, plan
-from intellect3.planning.hardware import Hardware
+from intellect3.planning.hardware import GIB, MARGIN, Hardware
 from intellect3.planning.job import Job
 from intellect3.sharding import rules
 from intellect3.sharding.mesh import AXES, make_mesh
@@ -93,14 +93,15 @@ def search(
   hardware: Hardware,
   *,
   program: str,
-  margin: float = plan.MARGIN,
+  margin: float = MARGIN,
   most: int = MOST,
   say: Callable[[str], None] = lambda line: None,
+  options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Plans the candidates that can fit, the most promising first, and ranks them.
 
   Args:
-    job, devices, hardware, margin, say: as `plan.plan` takes them.
+    job, devices, hardware, margin, say, options: as `plan.plan` takes them.
     program: the one that is compiled for each.
     most: candidates to compile; the others are listed with their bounds.
 
@@ -110,8 +111,9 @@ def search(
     more than a device at the least, or others were more promising) and those with an `error`.
 
   Raises:
-    ValueError: no candidate divides, or none can fit.
+    ValueError: no candidate divides, none can fit, or XLA does not take an option.
   """
+  plan.check_options(options, devices[0])
   bound_of = bounds.maker(job, hardware)
   usable = hardware.memory * (1 - margin)
   hopeful: list[tuple[bounds.Bound, Candidate]] = []
@@ -126,7 +128,7 @@ def search(
       tried.append(candidate.row | {"error": " ".join(str(error).split())[:200], "fits": False})
       continue
     if bound.bytes > usable:
-      row = {"skipped": "holds more at the least", "bound_gib": bound.bytes / plan.GIB}
+      row = {"skipped": "holds more at the least", "bound_gib": bound.bytes / GIB}
       tried.append(candidate.row | row | {"fits": False})
     else:
       hopeful.append((bound, candidate))
@@ -134,14 +136,16 @@ def search(
   say(f"{len(hopeful)} can fit; compiling {min(most, len(hopeful))}")
   best: dict[str, Any] | None = None
   for number, (bound, candidate) in enumerate(hopeful):
-    least = {"bound_gib": bound.bytes / plan.GIB, "bound_seconds": bound.seconds}
+    least = {"bound_gib": bound.bytes / GIB, "bound_seconds": bound.seconds}
     if number >= most:
       tried.append(candidate.row | least | {"skipped": "others are more promising", "fits": False})
       continue
     split = " x ".join(f"{axis} {size}" for axis, size in candidate.row["mesh"].items() if size > 1)
     say(f"layout {number + 1}: {split}, {candidate.rules}, micro_rows {candidate.job.micro_rows}")
     try:
-      report = plan.plan(candidate.job, devices, hardware, names=[program], margin=margin)
+      report = plan.plan(
+        candidate.job, devices, hardware, names=[program], margin=margin, options=options
+      )
     except ValueError as error:
       tried.append(candidate.row | {"error": " ".join(str(error).split())[:200], "fits": False})
       continue
@@ -173,7 +177,7 @@ def _by_promise(
 
 _KEYS = (
   *("fits", "peak_gib", "predicted_step_seconds", "predicted_mfu", "limited_by", "exposed_share"),
-  "faults",
+  *("faults", "unknown_loops"),
 )
 
 

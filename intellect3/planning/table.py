@@ -3,15 +3,17 @@
 Place in the ring: beside it; takes the reports of `plan.plan` and `search.search`.
 """
 
+import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-GIB = 2**30
+from intellect3.planning.hardware import GIB
+
 CPU_NOTE = (
   "Compiled for fake CPU devices: parameters, optimizer state and batch are exact, and so are the "
   "kinds and axes of collectives that the layout asks for. Temporaries, the peak, dtypes of "
   "collectives (XLA's CPU widens bfloat16), kernels, overlap and every time are not the target's; "
-  "float32 weights are not looked for."
+  "float32 weights are not looked for, so no fault does not say that none travels."
 )
 
 
@@ -37,28 +39,33 @@ def table(report: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def lower_bound(one: Mapping[str, Any]) -> str:
+  """What stands behind a program's times and counts: + where loops count once that turn oftener."""
+  return "+" if one["unknown_loops"] else ""
+
+
 def ranking(report: Mapping[str, Any]) -> str:
-  """The layouts of a search, the best first, and the plan of the best."""
-  rows = [_ranked(row) for row in report["ranking"] if "error" not in row]
+  """The compiled layouts of a search, the best first, how many others, and the plan of the best."""
+  rows = [_ranked(row) for row in report["ranking"] if "peak_gib" in row]
   header = (
     *("layout", "rules", "micro rows", "peak GiB", "fits", "seconds", "MFU", "waits", "limited by"),
   )
+  lines = _columns(header, rows)
+  skipped = collections.Counter(row["skipped"] for row in report["ranking"] if "skipped" in row)
+  lines += [f"{count} layouts not compiled: {reason}" for reason, count in skipped.items()]
   errors = [row["error"] for row in report["ranking"] if "error" in row]
-  lines = [*_columns(header, rows), *(f"does not divide: {one}" for one in dict.fromkeys(errors))]
+  if errors:
+    lines.append(f"{len(errors)} layouts refused, the first: {errors[0]}")
   return "\n".join([*lines, "", "The best:", "", table(report)])
 
 
 def _ranked(row: Mapping[str, Any]) -> tuple[str, ...]:
   layout = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
-  head = (layout or "one device", row["rules"], str(row["micro_rows"]))
-  if "skipped" in row:
-    least = f">= {row['bound_gib']:.1f}"
-    return (*head, least, "?", "", "", "", f"not compiled: {row['skipped']}")
   return (
-    *head,
+    *(layout or "one device", row["rules"], str(row["micro_rows"])),
     f"{row['peak_gib']:.1f}",
     "yes" if row["fits"] else "no",
-    f"{row['predicted_step_seconds']:.2f}",
+    f"{row['predicted_step_seconds']:.2f}{lower_bound(row)}",
     f"{row['predicted_mfu']:.1%}",
     f"{row['exposed_share']:.0%}",
     row["limited_by"],
@@ -68,19 +75,14 @@ def _ranked(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _program(name: str, one: Mapping[str, Any]) -> list[str]:
   memory, seconds = one["memory"], one["seconds"]
   lines = [
-    f"{name}: {one['predicted_step_seconds']:.3f} s, "
+    f"{name}: {one['predicted_step_seconds']:.3f}{lower_bound(one)} s, "
     f"{one['predicted_tokens_per_second']:,.0f} tokens/s, MFU {one['predicted_mfu']:.1%}, "
     f"limited by {one['limited_by']}; compiled in {one['compile_seconds']:.0f} s",
     "  seconds: " + ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
     f"  waits for collectives {one['exposed_share']:.1%} of the step (aim: at most "
     f"{one['exposed_aim']:.0%})",
     f"  arithmetic: {one['flops_per_step']:.3e} FLOP a step",
-    f"  memory per device: peak {one['peak_gib']:.2f} of {one['usable_gib']:.1f} GiB usable: "
-    + ", ".join(
-      f"{key.removesuffix('_gib')} {value:.2f}"
-      for key, value in memory.items()
-      if key not in ("peak_gib", "arguments_gib") and value >= 0.005
-    ),
+    f"  memory per device: {held(memory)}; {one['usable_gib']:.1f} GiB are usable",
   ]
   if one["biggest_buffers"]:
     rows: list[tuple[str, ...]] = [
@@ -104,9 +106,28 @@ def _program(name: str, one: Mapping[str, Any]) -> list[str]:
   if one["unknown_loops"]:
     lines.append(
       f"  {len(one['unknown_loops'])} loops have a trip count that XLA does not know; what is in "
-      "them counts once (+), and their arithmetic is taken from the analytic count"
+      "them counts once: times with a + are lower bounds; arithmetic is the analytic count's"
     )
   return lines
+
+
+def held(memory: Mapping[str, float]) -> str:
+  """A device's memory as a sum, its parts in brackets: GiB; what is 0 is left out."""
+  parts = {
+    "arguments": ("parameters", "optimizer", "batch"),
+    "outputs": (),
+    "temporaries": ("activations",),
+    "reference": (),
+  }
+
+  def told(name: str, inside: Sequence[str] = ()) -> str:
+    inner = ", ".join(told(one) for one in inside if memory[f"{one}_gib"] >= 0.005)
+    return f"{name} {memory[f'{name}_gib']:.2f}" + (f" (of it {inner})" if inner else "")
+
+  terms = [told(name, inside) for name, inside in parts.items() if memory[f"{name}_gib"] >= 0.005]
+  whole = f"peak {memory['peak_gib']:.2f} GiB"
+  whole += f" = {' + '.join(terms)}" if terms else ""
+  return whole + (f"; on its host {memory['host_gib']:.2f}" if memory["host_gib"] >= 0.005 else "")
 
 
 def host_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

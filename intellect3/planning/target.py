@@ -16,18 +16,17 @@ import os
 import jax
 from jax.experimental import topologies
 
+from intellect3.planning import hardware
+
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 NODE = 8
 NAMES = ("h100", "h200", "b200", "v5p")
 """What `devices` knows."""
 
-# What XLA's cost models and kernels ask of a device. From NVIDIA's data sheets of the SXM boards;
-# both are Hopper, and differ in memory alone.
-_MEMORY = {
-  "h100": ("NVIDIA H100 80GB HBM3", 3_350_000_000_000, 85_029_158_912),
-  "h200": ("NVIDIA H200", 4_800_000_000_000, 151_397_597_184),
-}
-_BLACKWELL = ("NVIDIA B200", 8_000_000_000_000, 193_273_528_320)
+_HOPPER = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+_BLACKWELL = "NVIDIA B200"
+# What XLA's cost models and kernels ask of a device, from NVIDIA's data sheets of the SXM boards;
+# memory and its rate are `hardware.toml`'s.
 _CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -81,13 +80,13 @@ def cuda_devices(name: str = "h200", count: int = 1) -> list[jax.Device]:
   Raises:
     ValueError: for another name, a count that does not fill its nodes, or a missing plugin.
   """
-  if name not in _MEMORY:
-    raise ValueError(f"name: expected one of {tuple(_MEMORY)}, got {name!r}")
+  if name not in _HOPPER:
+    raise ValueError(f"name: expected one of {tuple(_HOPPER)}, got {name!r}")
   if count < 1 or (count > NODE and count % NODE):
     raise ValueError(f"count: expected 1 to {NODE}, or a multiple of {NODE}, got {count}")
   if (reason := missing()) is not None:
     raise ValueError(f"cuda_devices: expected jax's CUDA plugin, but {reason}")
-  return _cuda(_MEMORY[name], count, major=9, cores=132, clock=1.98, cache=52_428_800)
+  return _cuda(name, _HOPPER[name], count, major=9, cores=132, clock=1.98, cache=52_428_800)
 
 
 def devices(name: str, count: int) -> list[jax.Device]:
@@ -106,18 +105,18 @@ def devices(name: str, count: int) -> list[jax.Device]:
     return _tpu(count)
   if name == "b200":
     cuda_devices("h200", count)  # for its checks
-    return _cuda(_BLACKWELL, count, major=10, cores=148, clock=1.965, cache=132_644_864)
+    return _cuda(name, _BLACKWELL, count, major=10, cores=148, clock=1.965, cache=132_644_864)
   return cuda_devices(name, count)
 
 
 def _cuda(
-  board: tuple[str, int, int], count: int, *, major: int, cores: int, clock: float, cache: int
+  name: str, board: str, count: int, *, major: int, cores: int, clock: float, cache: int
 ) -> list[jax.Device]:
-  name, bandwidth, memory = board
+  card = hardware.load(name)
   config = _CONFIG.format(
-    name=name,
-    bandwidth=bandwidth,
-    memory=memory,
+    name=board,
+    bandwidth=int(card.memory_rate),
+    memory=card.memory,
     major=major,
     cores=cores,
     clock=clock,

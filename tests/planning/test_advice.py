@@ -10,12 +10,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from intellect3.losses import policy_gradient
 from intellect3.models import presets
 from intellect3.planning import advice, collectives, hlo, memory, schedule
+from intellect3.planning.hardware import GIB
 from intellect3.planning.job import Job
 from intellect3.sharding.mesh import make_mesh
 from intellect3.training import optimizer
 from intellect3.training.state import TrainState
-
-GIB = 2**30
 
 
 def held(**changed):
@@ -129,7 +128,7 @@ def test_a_host_that_is_full_is_a_fault():
 def test_weights_in_float32_are_a_fault():
   row = {"weight": "embedding", "count": 2, "bytes": 3 * GIB}
   found = situation(usable=100 * GIB, travelling=[row])
-  assert advice.faults(found) == ["float32 weight embedding is gathered 2 times, 3.00 GiB"]
+  assert advice.faults(found) == ["float32 weight embedding travels 2 times, 3.00 GiB"]
   assert said(found, "cast parameters")
 
 

@@ -9,14 +9,10 @@ from intellect3.losses import policy_gradient
 from intellect3.losses.supervised import negative_log_likelihood
 from intellect3.models import presets, transformer
 from intellect3.planning import (
-  collectives,
   hardware,
-  hlo,
   plan,
   programs,
-  schedule,
   table,
-  travel,
 )
 from intellect3.planning.job import Job, rows_of
 from intellect3.sharding.mesh import make_mesh
@@ -110,55 +106,6 @@ def test_what_does_not_fit_says_what_to_change(job, compiled, device):
   assert plan.report(job, *compiled, small, margin=0.0)["fits"]
 
 
-def event(kind, *arrays, times=1, axes=("fsdp",)):
-  one = collectives.Collective("c", kind, arrays, ((0, 1),), axes, False)
-  return schedule.Event(one, times, 1.0, 1.0, False, "")
-
-
-@pytest.mark.parametrize(
-  ("kind", "array", "axes", "weight"),
-  [
-    ("all-gather", ("f32", (264, 64)), ("fsdp",), "embedding"),
-    ("all-gather", ("f32", (64, 1, 128)), ("fsdp",), "dense_layers/mlp/"),  # one layer of the stack
-    ("all-gather", ("f32", (64, 64)), ("fsdp",), "attention/q/kernel"),  # heads and head_dim merged
-    ("all-gather", ("bf16", (264, 64)), ("fsdp",), None),
-    ("all-gather", ("f32", (132, 128)), ("fsdp",), None),  # as many entries, but no weight's
-    ("all-gather", ("f32", (264, 64)), ("data",), None),  # no weight is cut along it
-    ("all-reduce", ("f32", (264, 64)), ("fsdp",), None),  # a gradient
-  ],
-)
-def test_float32_weights_that_travel_are_found(compiled, kind, array, axes, weight):
-  line = schedule.Timeline(events=[event(kind, hlo.Shape(*array), times=3, axes=axes)])
-  found = travel.float32_weights(compiled[0], line)
-  if weight is None:
-    assert found == []
-  else:
-    size = hlo.Shape(*array).bytes
-    assert len(found) == 1 and weight in found[0]["weight"]
-    assert (found[0]["count"], found[0]["bytes"]) == (3, 3 * size)
-
-
-@pytest.mark.parametrize(
-  ("dims", "into", "same"),
-  [
-    ((4, 16, 64), (64, 64), True),
-    ((4, 16, 64), (64, 16, 4), True),
-    ((4, 16, 64), (1, 256, 16), True),  # 4 x 64, 16
-    ((4, 16, 64), (32, 128), False),
-    ((4, 16), (4, 16, 2), False),
-    ((2, 3), (6,), True),
-  ],
-)
-def test_dimensions_in_any_order_and_merged(dims, into, same):
-  assert travel.merges(dims, into) == same
-
-
-def test_a_float32_model_moves_float32(compiled):
-  program = compiled[0]._replace(config=dataclasses.replace(compiled[0].config, dtype="float32"))
-  line = schedule.Timeline(events=[event("all-gather", hlo.Shape("f32", (264, 64)))])
-  assert travel.float32_weights(program, line) == []
-
-
 def test_a_table_says_all_of_it(job, report, device):
   row = {
     "kind": "all-gather",
@@ -193,10 +140,51 @@ def test_a_table_says_all_of_it(job, report, device):
   text = table.table(whole)
   assert text.startswith("8 x cpu (cpu), fsdp 8: 2 rows of 32 tokens a step, 1 at once")
   assert table.CPU_NOTE in text and "DOES NOT FIT" in text
+  assert f"rl_step: {report['predicted_step_seconds']:.3f}+ s, " in text
   assert "fault: rl_step: too much" in text and "advice: more devices" in text
   line = next(line for line in text.splitlines() if "all-gather" in line)
   times = ["0.5000", "0.2500", "0.2500"]
   assert line.split() == ["all-gather", "bf16", "fsdp", "outer", "3+", "2.000", *times]
+
+
+@pytest.mark.parametrize(
+  ("changes", "options", "message"),
+  [
+    ({"names": ["logprobs", "sft"]}, {}, "program: expected one of .* got 'sft'"),
+    ({"options": {"nonsense": True}}, {}, "--xla: INVALID_ARGUMENT: No such .* 'nonsense'"),
+    ({}, {"mesh": {"fsdp": 3}}, "mesh: expected 3 devices for"),
+  ],
+)
+def test_what_cannot_be_compiled_is_refused_before_it_is_traced(
+  job, device, changes, options, message, monkeypatch
+):
+  monkeypatch.setattr(programs, "make", lambda *_: pytest.fail("too late"))
+  with pytest.raises(ValueError, match=message):
+    plan.plan(dataclasses.replace(job, **options), jax.devices()[:1], device, **changes)
+
+
+def test_a_devices_memory_adds_up(report):
+  """Parameters, moments and batch are arguments; what layers keep is among the temporaries."""
+  memory = report["memory"]
+  terms = ("arguments", "outputs", "temporaries", "reference")
+  assert memory["peak_gib"] == pytest.approx(sum(memory[f"{name}_gib"] for name in terms))
+  assert memory["activations_gib"] <= memory["temporaries_gib"]
+  inside = sum(memory[f"{name}_gib"] for name in ("parameters", "optimizer", "batch"))
+  assert inside == pytest.approx(memory["arguments_gib"], abs=1e-5)
+  shown = dict.fromkeys(memory, 0.0) | {
+    "peak_gib": 9.5,
+    "arguments_gib": 3.5,
+    "parameters_gib": 2.0,
+    "optimizer_gib": 1.5,
+    "temporaries_gib": 5.0,
+    "activations_gib": 4.0,
+    "reference_gib": 1.0,
+    "host_gib": 7.0,
+  }
+  assert table.held(shown) == (
+    "peak 9.50 GiB = arguments 3.50 (of it parameters 2.00, optimizer 1.50) + temporaries 5.00 "
+    "(of it activations 4.00) + reference 1.00; on its host 7.00"
+  )
 
 
 @pytest.mark.parametrize(
@@ -229,6 +217,11 @@ def test_hardware_is_read_and_checked(tmp_path):
   file = tmp_path / "mine.toml"
   file.write_text(text.replace("link_share = 0.75", "link_share = 1.75", 1))
   with pytest.raises(ValueError, match=r"link_share: expected a share from 0 to 1, got 1.75"):
+    hardware.load("h100", file)
+  with pytest.raises(ValueError, match=r"hardware: expected a file, got .*none.toml"):
+    hardware.load("h100", tmp_path / "none.toml")
+  file.write_text("memory =")
+  with pytest.raises(ValueError, match=r"hardware: expected TOML, got mine.toml"):
     hardware.load("h100", file)
   file.write_text(text.replace("launch = 3e-6", "lunch = 3e-6", 1))
   with pytest.raises(ValueError, match=r"mine.toml, h100: .*'lunch'"):

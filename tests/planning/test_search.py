@@ -86,8 +86,8 @@ def test_a_bound_is_below_what_is_compiled(job, device):
   one = dataclasses.replace(job, mesh=sizes())
   bound = bounds.maker(job, device)(one, mesh)
   report = plan.plan(one, jax.devices()[:1], device, names=["rl_step"])
-  state = report["memory"]["parameters_gib"] * 4 * plan.GIB
-  assert state < bound.bytes < report["peak_gib"] * plan.GIB
+  state = report["memory"]["parameters_gib"] * 4 * hardware.GIB
+  assert state < bound.bytes < report["peak_gib"] * hardware.GIB
 
 
 def test_a_split_takes_time_on_its_link(job, device):
@@ -102,9 +102,11 @@ def test_a_split_takes_time_on_its_link(job, device):
 
 
 def search_with(job, device, monkeypatch, *, most=12):
+  said = []
   seconds = {1: 3.0, 2: 1.0, 4: 2.0}  # by the size of `data`; 2 does not fit
 
-  def fake(candidate, devices, hardware, **options):
+  def fake(candidate, devices, hardware, *, options, **others):
+    assert options == {"xla_a": 1}
     data = candidate.mesh["data"]
     if candidate.micro_rows == 8:
       raise ValueError("params: expected embed to divide\nmore")
@@ -115,6 +117,7 @@ def search_with(job, device, monkeypatch, *, most=12):
       "predicted_mfu": 0.5,
       "predicted_step_seconds": seconds[data],
       "limited_by": "matrix",
+      "unknown_loops": ["a/while"],
       "exposed_share": 0.25,
       "mesh": candidate.mesh,
     }
@@ -130,11 +133,13 @@ def search_with(job, device, monkeypatch, *, most=12):
 
   real = search.candidates
   monkeypatch.setattr(plan, "plan", fake)
+  monkeypatch.setattr(plan, "check_options", lambda options, device: said.append(options))
   monkeypatch.setattr(search, "make_mesh", lambda **sizes: None)
   monkeypatch.setattr(search, "candidates", only)
   monkeypatch.setattr(bounds, "maker", lambda job, hardware: bound)
-  said = []
-  found = search.search(job, [None] * 4, device, program="rl_step", most=most, say=said.append)
+  found = search.search(
+    job, [None] * 4, device, program="rl_step", most=most, say=said.append, options={"xla_a": 1}
+  )
   return found, said
 
 
@@ -145,7 +150,8 @@ def test_a_search_ranks_what_fits_first(job, device, monkeypatch):
   assert found["ranking"][3]["skipped"] == "holds more at the least"
   assert found["ranking"][4]["error"] == "params: expected embed to divide more"
   assert found["mesh"] == sizes(data=4) and found["rules"] == "train_fsdp"
-  assert said[:3] == [
+  assert said[:4] == [
+    {"xla_a": 1},
     "6 layouts divide 4 devices; bounding them",
     "5 can fit; compiling 5",
     "layout 1: fsdp 4, train_fsdp, micro_rows 4",
@@ -170,13 +176,16 @@ def test_a_ranking_shows_all_of_it(job, device, monkeypatch):
     "4",
     "1.0",
     "yes",
-    "2.00",
+    "2.00+",
     "50.0%",
     "25%",
     "matrix",
   ]
-  assert any("not compiled: holds more at the least" in line for line in lines)
-  assert "does not divide: params: expected embed to divide more" in lines
+  refused = sum("error" in row for row in found["ranking"])
+  assert lines[4:6] == [
+    "1 layouts not compiled: holds more at the least",
+    f"{refused} layouts refused, the first: params: expected embed to divide more",
+  ]
   assert lines[-1] == "its plan"
 
 
