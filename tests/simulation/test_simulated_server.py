@@ -123,6 +123,22 @@ def test_tokens_are_stamped_with_the_version_of_their_moment(flush, seconds):
   assert usage.decoding == pytest.approx(2.0)
 
 
+def test_a_prompt_that_is_being_computed_waits_for_the_weights_too():
+  settings = scenes.servers(prefill_tokens_per_second=100.0)
+
+  async def play(one, now):
+    wanted = request(100, prompt=200)
+    one.submit(wanted)
+    await asyncio.sleep(0.5)
+    one.pause()
+    await asyncio.sleep(4.0)
+    one.resume()
+    await wanted.done
+    return now()
+
+  assert serve(settings, play) == pytest.approx(2.0 + 1.0 + 4.0)
+
+
 def test_a_full_cache_puts_the_newest_back():
   settings = scenes.servers(cache_tokens=250, prefill_tokens_per_second=100.0)
 

@@ -69,6 +69,13 @@ def test_a_step_takes_the_trainers_time_for_its_tokens():
   assert report["step_seconds"]["mean"] == pytest.approx(2.0 + 0.5 + 1.0 + 0.01 * 4 * 208)
 
 
+def test_one_version_is_written_at_a_time():
+  run = scenes.run(max_off_policy_steps=4, steps=11)
+  trainer = scenario.Trainer(fixed_seconds=1.0, gather_seconds=0.5, write_seconds=4.0)
+  report = simulate(run, scenes.cluster(trainer=trainer, sync=scenario.Sync()))
+  assert report["step_seconds"]["p50"] == pytest.approx(4.5)
+
+
 def test_turns_tools_and_rewards_take_their_time():
   given = scenes.environment(turns=4, turn_tokens=10, reward_seconds=1.5)
   report = simulate(cluster=scenes.cluster(environments={"coin": given}))
