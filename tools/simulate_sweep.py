@@ -110,9 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(wanted) - {*SWEEPS, "timeline"})
     if unknown:
       raise ValueError(f"--only: expected some of {[*SWEEPS, 'timeline']}, got {unknown}")
-    run = sweep.with_steps(
-      simulated_run.read(gin_config.read(arguments.gin, arguments.bindings)), arguments.steps
-    )
+    text = gin_config.read(arguments.gin, arguments.bindings)
+    run = sweep.with_steps(simulated_run.read(text, without_jax=False), arguments.steps)
     given = _on_nodes(scenario_file.load(arguments.scenario), arguments.nodes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
