@@ -1,7 +1,7 @@
 """How a run would go on a cluster that is not here: the production orchestrator, a virtual clock.
 
     python -m tools.simulate_run --gin FILE [--gin FILE ..] [--set a.b=c ..] --scenario FILE
-        [--seed N] [--steps N] [--json OUT] [--trace OUT] [--sample-seconds S]
+        [--seed N] [--steps N] [--json OUT] [--trace OUT] [--plot OUT.png]
 
 The gin file says what the run's orchestrator and workers do, the scenario (TOML or JSON,
 docs/simulator.md) what servers, trainer and attempts are like. Nothing is started and jax is not
@@ -24,9 +24,15 @@ from intellect3.rollouts.ports import RunFailed
 from intellect3.simulation import clock, scenario_file, throughput
 from tools import simulated_run
 
+PLOT_SECONDS = 1.0
+"""Between two points of a plot, unless `--sample-seconds` says otherwise."""
+
 
 def main(argv: list[str] | None = None) -> int:
   arguments = _parser().parse_args(argv)
+  sample_seconds = arguments.sample_seconds
+  if arguments.plot is not None and sample_seconds is None:
+    sample_seconds = PLOT_SECONDS
   try:
     run = simulated_run.read(gin_config.read(arguments.gin, arguments.bindings))
     changes = {
@@ -34,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
       for name, value in (("seed", arguments.seed), ("steps", arguments.steps))
       if value is not None
     }
+    if arguments.plot is not None and (arguments.steps or run.steps) < 2:
+      raise ValueError("--plot: expected a run of at least 2 steps, got 1")
     run = dataclasses.replace(run, scheduler=dataclasses.replace(run.scheduler, **changes))
     given = scenario_file.load(arguments.scenario)
     if arguments.seed is not None:
@@ -48,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         given,
         trace=trace,
         progress=_progress(run.steps, started),
-        sample_seconds=arguments.sample_seconds,
+        sample_seconds=sample_seconds,
       )
   except (gin_config.ConfigError, ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -60,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
   if arguments.json is not None:
     pathlib.Path(arguments.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
   print(table(report))
+  if arguments.plot is not None:
+    from intellect3.simulation import plots  # matplotlib takes a while to load
+
+    last = report["steps"]
+    plots.timeline(report, first=max(2, last - 2), last=last).savefig(arguments.plot, dpi=150)
   return 0
 
 
@@ -76,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--steps", type=int, help="by default the run's")
   parser.add_argument("--json", metavar="OUT", help="where the whole report goes")
   parser.add_argument("--trace", metavar="OUT", help="where every event goes, as JSON lines")
+  parser.add_argument(
+    "--plot", metavar="OUT.png", help="where a picture of the run's last three steps goes"
+  )
   parser.add_argument(
     "--sample-seconds", type=float, help="virtual seconds between two entries of the timeline"
   )
