@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from intellect3.distributed import watchdog
+from intellect3.distributed import meeting, watchdog
 
 RESTART_SECONDS = 0.5
 """Before a child is started again for the first time; doubles."""
@@ -162,14 +162,14 @@ def _first_cause(
 ) -> tuple[Child, int]:
   """Of the children that may not fail and did, the one that the others most likely failed of.
 
-  Whoever was killed, or ended by its watchdog, was so by itself. A peer that loses it raises, and
+  Whoever was killed, or ended by its watchdog, was so by itself. A peer that loses it says so, or
   jax's runtime aborts.
   """
 
   def rank(code: int) -> int:
     if code == watchdog.EXIT_STALLED or (code < 0 and code != -signal.SIGABRT):
       return 0
-    return 1 if code > 0 else 2
+    return 1 if code > 0 and code != meeting.EXIT_LOST else 2
 
   failed = [(found, processes[found.name].poll() or 0)]
   for child in children:
