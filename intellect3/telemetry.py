@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 def metrics_path(run_dir: str | os.PathLike[str], name: str) -> pathlib.Path:
@@ -63,7 +62,11 @@ class MetricsWriter:
     _cut(self.path, lambda row: True)
     self._file = open(self.path, "ab")  # noqa: SIM115 - it lives as long as the writer
     self._board_dir = self.path.parent / "tensorboard" / name
-    self._board: SummaryWriter | None = None
+    # Imported by who writes alone: it loads torch where that is installed.
+    from tensorboardX import SummaryWriter
+
+    self._make_board = SummaryWriter
+    self._board: Any = None
     self._purge_step: int | None = None
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -78,7 +81,7 @@ class MetricsWriter:
     self._file.write(json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n")
     self._file.flush()
     if self._board is None:
-      self._board = SummaryWriter(str(self._board_dir), purge_step=self._purge_step)
+      self._board = self._make_board(str(self._board_dir), purge_step=self._purge_step)
     for name, value in row.items():
       if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
         self._board.add_scalar(name, value, step)
