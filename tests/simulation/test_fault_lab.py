@@ -60,7 +60,9 @@ def test_a_seed_gives_the_same_trace_in_every_process():
   assert len(digests) == 1
 
 
-@pytest.mark.parametrize(("plant", "says", "shown"), PLANTED, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+  ("plant", "says", "shown"), PLANTED, ids=[plant.__name__ for plant, *_ in PLANTED]
+)
 def test_a_planted_fault_is_found(plant, says, shown, monkeypatch):
   plant(monkeypatch)
   monkeypatch.setattr(lab, "HORIZON_SECONDS", 1000.0)
