@@ -9,9 +9,11 @@ Exit code 2: the configuration or the machine is not fit, and nothing was starte
 """
 
 import argparse
+import contextlib
+import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from experiments import gin_config, process
 from intellect3 import compilation_cache, rl
@@ -33,6 +35,12 @@ def main(argv: list[str] | None = None) -> int:
   compilation_cache.set_default()
 
   def build() -> Callable[[], None]:
+    with contextlib.ExitStack() as stack:
+      if arguments.role == "all":
+        stack.enter_context(_sharing_devices())
+      return checked()
+
+  def checked() -> Callable[[], None]:
     text = gin_config.read(arguments.gin, arguments.bindings)
     gin_config.parse(text, without_jax=arguments.role in ("orchestrator", "worker"))
     return gin_config.call(
@@ -49,6 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     )
 
   return process.run_together(build) if arguments.role == "trainer" else process.run(build)
+
+
+@contextlib.contextmanager
+def _sharing_devices() -> Iterator[None]:
+  """While this process counts the GPUs, it takes no memory that its children will need."""
+  name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+  before = os.environ.get(name)
+  os.environ[name] = "false"
+  try:
+    yield
+  finally:
+    del os.environ[name]
+    if before is not None:
+      os.environ[name] = before
 
 
 if __name__ == "__main__":
