@@ -30,7 +30,6 @@ TRAIN_FSDP: Rules = (
   ("layers", None),
   ("act_batch", ("data", "fsdp", "expert")),
   ("act_length", "context"),
-  ("act_embed", None),
 )
 """Parameters over `fsdp` (and `tensor`), experts over `expert`; rows over `data`, `fsdp` and
 `expert`. Parameters that are no experts are the same along `expert`: each of its groups gathers
@@ -57,7 +56,6 @@ SERVE: Rules = (
   ("layers", None),
   ("act_batch", None),
   ("act_length", None),
-  ("act_embed", None),
 )
 """Heads, widths, vocabulary over `tensor`, experts over `expert`, the cache as its kv heads. Every
 device has all rows: a decode step is too small to be worth splitting by them."""

@@ -149,9 +149,7 @@ def _leaf(tree, path):
 
 
 def test_a_server_splits_rows_nowhere_and_heads_where_the_cache_does():
-  assert rules.to_spec(("act_batch", "act_length", "act_embed"), rules.SERVE) == PartitionSpec(
-    None, None, None
-  )
+  assert rules.to_spec(("act_batch", "act_length"), rules.SERVE) == PartitionSpec(None, None)
   table = dict(rules.SERVE)
   assert table["kv_heads"] == table["heads"] == "tensor"
   assert {name for name, _ in rules.SERVE} == {name for name, _ in rules.TRAIN_FSDP}
