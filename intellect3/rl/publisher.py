@@ -14,7 +14,6 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from intellect3.distributed.processes import ALONE, Processes
 from intellect3.models.config import ModelConfig
 from intellect3.rl.roles import Shared
 from intellect3.sharding.rules import Rules
-from intellect3.training import scoring
+from intellect3.training import layout, scoring
 from intellect3.training import state as states
 from intellect3.weights import gather, publish
 from intellect3.weights import manifest as manifests
@@ -54,13 +53,14 @@ class Publisher:
     shard_bytes: int,
     threads: int,
     processes: Processes = ALONE,
-    compiled: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] = jax.jit,
   ) -> None:
     """Nothing is published yet.
 
     Args:
       shared: what the roles share.
       config: the model.
+      mesh: where the parameters lie.
+      rules: the table by which they do.
       canary_ids: int32[T], the prompt that servers are compared on.
       head_chunk_size: tokens per chunk of the vocabulary head.
       keep: published versions kept.
@@ -68,7 +68,6 @@ class Publisher:
       shard_bytes: most bytes of a file.
       threads: files written at a time.
       processes: the trainer's.
-      compiled: how the scoring of the canary is compiled; on a mesh, `layout.compile_canary`.
     """
     self._shared = shared
     self._config = config
@@ -79,7 +78,9 @@ class Publisher:
     self._threads = threads
     self._canary_ids = canary_ids
     logprob_fn = scoring.make_logprob_fn(config, head_chunk_size=head_chunk_size)
-    self._logprobs = compiled(lambda params, ids: logprob_fn(as_published(params, dtype), ids))
+    self._logprobs = layout.compile_canary(
+      lambda params, ids: logprob_fn(as_published(params, dtype), ids), mesh, rules
+    )
     self._processes = processes
     self._newest = processes.broadcast("weights/newest", manifests.latest(shared.weights_dir))
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="publisher")

@@ -232,7 +232,6 @@ def trainer(
           shard_bytes=weights_shard_bytes,
           threads=weights_threads,
           processes=processes,
-          compiled=lambda fn: layout.compile_canary(fn, device_mesh, rules),
         )
       )
     )
