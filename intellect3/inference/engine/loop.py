@@ -361,19 +361,23 @@ class Engine:
     update = self._update
     if update is None or not (self.halted or self._batcher.idle):
       return
-    if update.flush_cache and self._batcher.num_running:
-      update.done.set_exception(
-        UpdateRefused(
-          f"Weights were not updated: flush_cache was asked and {self._batcher.num_running} "
-          "requests are running, paused in place. Pause with retract, or set flush_cache to false."
-        )
-      )
-    else:
+    running = self._batcher.num_running
+    refused = update.flush_cache and running > 0
+    if not refused:
       self._device.swap(update.params)
       self._batcher.forget_prefixes()
       self.weights = update.weights
-      update.done.set_result(None)
     self._update = None
     for sequence in self._held:
       self._batcher.add(sequence)
     self._held.clear()
+    # Told last: whoever hears of it finds the engine as it is said to be.
+    if refused:
+      update.done.set_exception(
+        UpdateRefused(
+          f"Weights were not updated: flush_cache was asked and {running} requests are running, "
+          "paused in place. Pause with retract, or set flush_cache to false."
+        )
+      )
+    else:
+      update.done.set_result(None)
