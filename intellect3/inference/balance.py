@@ -100,12 +100,12 @@ def others_load(running: int, waiting: int, own: int) -> int:
 
 
 def choose(
-  servers: Iterable[Server], *, room: int, now: float, home: str | None, spill: int
+  servers: Mapping[str, Server], *, room: int, now: float, home: str | None, spill: int
 ) -> Server | None:
   """The server for the next request, by the module's rule.
 
   Args:
-    servers: all that are known.
+    servers: all that are known, by url.
     room: requests that this client may have on one server.
     now: the event loop's time.
     home: url of the server that holds the request's prefix, or None.
@@ -114,24 +114,36 @@ def choose(
   Returns:
     A server with room, or None where there is none.
   """
-  best = at_home = None
-  first: tuple[bool, int, int] | None = None
-  for server in servers:  # one pass, since every request of a run comes by here
-    taken = server.in_flight
-    if not server.listed or server.fenced is not None or server.full_until > now:
+  best: Server | None = None
+  blocked: list[Server] = []
+  least = used = 0
+  for server in servers.values():  # every request of a run comes by here: the load is asked first
+    load = server.in_flight + server.others
+    if best is not None and (load > least or (load == least and server.last_used >= used)):
       continue
-    if taken + 1 > room or taken + 1 > server.room:
+    if not _has_room(server, room, now):
       continue
-    rank = server.blocked_until > now, taken + server.others, server.last_used
-    if server.url == home:
-      at_home = server, rank
-    if first is None or rank < first:
-      best, first = server, rank
-  if first is None or at_home is None:
-    return best
-  server, (blocked, load, _) = at_home
-  near = blocked == first[0] and load <= SPILL_FACTOR * first[1] + spill
-  return server if near else best
+    if server.blocked_until > now:
+      blocked.append(server)
+    else:
+      best, least, used = server, load, server.last_used
+  at_home = None if home is None else servers.get(home)
+  if at_home is not None and not _has_room(at_home, room, now):
+    at_home = None
+  if best is None:
+    if not blocked:
+      return None
+    best = min(blocked, key=lambda server: (server.load, server.last_used))
+  elif at_home is not None and at_home.blocked_until > now:
+    at_home = None
+  if at_home is not None and at_home.load <= SPILL_FACTOR * best.load + spill:
+    return at_home
+  return best
+
+
+def _has_room(server: Server, room: int, now: float) -> bool:
+  more = server.in_flight + 1
+  return server.open and server.full_until <= now and more <= room and more <= server.room
 
 
 @dataclass(eq=False)
@@ -319,7 +331,7 @@ class Balancer:
 
   def _choose(self, home: str | None) -> Server | None:
     return choose(
-      self._servers.values(),
+      self._servers,
       room=self._max_concurrency,
       now=asyncio.get_running_loop().time(),
       home=home,

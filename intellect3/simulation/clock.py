@@ -6,28 +6,55 @@ give the same order of events in every process.
 """
 
 import asyncio
+import contextvars
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_RESOLUTION = 1e-9
+"""Seconds: timers up to so far ahead are due."""
 
 
 class Stuck(RuntimeError):
   """Every coroutine waits for something that no timer will bring, or the horizon was passed."""
 
 
-class _Timer(asyncio.TimerHandle):
-  """A timer that rings after those set before it for the same second.
+class _Call:
+  """A callback that will be called: what `call_soon` and `call_at` return.
 
-  A heap of asyncio's own keeps no order among them: what was sent first could come last.
+  asyncio's own handles do more than virtual time needs, and theirs is a heap that keeps no order
+  among timers of the same second: what was sent first could come last.
   """
 
-  rank: tuple[float, int]
+  __slots__ = ("_when", "arguments", "callback", "context")
 
-  def __lt__(self, other: object) -> bool:
-    return self.rank < other.rank if isinstance(other, _Timer) else NotImplemented
+  def __init__(
+    self,
+    callback: Callable[..., object],
+    arguments: tuple[Any, ...],
+    context: contextvars.Context | None,
+    when: float = 0.0,
+  ) -> None:
+    self.callback: Callable[..., object] | None = callback
+    self.arguments = arguments
+    self.context = contextvars.copy_context() if context is None else context
+    self._when = when
+
+  def cancel(self) -> None:
+    """Nobody is called."""
+    self.callback, self.arguments = None, ()
+
+  def cancelled(self) -> bool:
+    """Whether it was cancelled."""
+    return self.callback is None
+
+  def when(self) -> float:
+    """The virtual second of a timer."""
+    return self._when
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -38,13 +65,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
     fault: the first exception that a callback or a forgotten task ended with, or None.
   """
 
+  _ready: deque[_Call]
+  _scheduled: list[tuple[float, int, _Call]]  # a heap; the number keeps the order of the calls
+  _stopping: bool
+
   def __init__(self, *, horizon: float = float("inf")) -> None:
     super().__init__()
     self.horizon = horizon
     self._now = 0.0
     self._numbers = itertools.count()
-    self._selector = self  # BaseEventLoop waits in `select`
-    self._clock_resolution = 1e-9  # timers up to so far ahead are due
     self.fault: BaseException | None = None
     self.set_exception_handler(_remember)
 
@@ -52,27 +81,62 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """Virtual seconds since the loop was made."""
     return self._now
 
+  def call_soon(  # type: ignore[override]
+    self, callback: Any, *args: Any, context: Any = None
+  ) -> _Call:
+    """Calls back in the next round."""
+    call = _Call(callback, args, context)
+    self._ready.append(call)
+    return call
+
   def call_at(  # type: ignore[override]
     self, when: float, callback: Any, *args: Any, context: Any = None
-  ) -> asyncio.TimerHandle:
+  ) -> _Call:
     """Calls back at a virtual second, in the order of the calls where it is the same one."""
-    timer = _Timer(when, callback, args, self, context)
-    timer.rank = when, next(self._numbers)
-    heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-    timer._scheduled = True  # type: ignore[attr-defined]
-    return timer
+    call = _Call(callback, args, context, when)
+    heapq.heappush(self._scheduled, (when, next(self._numbers), call))
+    return call
 
-  def select(self, timeout: float | None) -> list[Any]:
+  def call_later(  # type: ignore[override]
+    self, delay: float, callback: Any, *args: Any, context: Any = None
+  ) -> _Call:
+    """`call_at` so many seconds from now."""
+    return self.call_at(self._now + delay, callback, *args, context=context)
+
+  def _run_once(self) -> None:
+    """Round after round until `stop`: what was asked for in the last one, then the timers due."""
+    ready, scheduled = self._ready, self._scheduled
+    while True:
+      if not ready and not self._stopping:
+        self._jump()
+      due = self._now + _RESOLUTION
+      while scheduled and scheduled[0][0] < due:
+        call = heapq.heappop(scheduled)[2]
+        if call.callback is not None:
+          ready.append(call)
+      for _ in range(len(ready)):
+        call = ready.popleft()
+        if call.callback is None:
+          continue
+        try:
+          call.context.run(call.callback, *call.arguments)
+        except (SystemExit, KeyboardInterrupt):
+          raise
+        except BaseException as error:
+          self.call_exception_handler({"message": "a callback failed", "exception": error})
+      if self._stopping:
+        return
+
+  def _jump(self) -> None:
     """Goes on to the next timer instead of waiting for it."""
-    if timeout == 0:
-      return []
-    scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-    if timeout is None or not scheduled:
+    scheduled = self._scheduled
+    while scheduled and scheduled[0][2].callback is None:
+      heapq.heappop(scheduled)
+    if not scheduled:
       raise Stuck(f"at {self._now:g} s everything waits for what never comes:\n{self.waiting()}")
-    self._now = max(self._now, scheduled[0].when())
+    self._now = max(self._now, scheduled[0][0])
     if self._now > self.horizon:
       raise Stuck(f"not done after {self.horizon:g} s:\n{self.waiting()}")
-    return []
 
   def waiting(self) -> str:
     """Where every unfinished task stands, one line each, in the order of their names."""
@@ -94,7 +158,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
   def call_soon_threadsafe(  # type: ignore[override]
     self, callback: Any, *args: Any, context: Any = None
-  ) -> asyncio.Handle:
+  ) -> _Call:
     """The same as `call_soon`."""
     return self.call_soon(callback, *args, context=context)
 
@@ -102,12 +166,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """Raises the first exception that a callback or a forgotten task ended with."""
     if self.fault is not None:
       raise self.fault
-
-  def _process_events(self, event_list: Any) -> None:
-    del event_list
-
-  def _write_to_self(self) -> None:
-    pass
 
 
 def _remember(loop: Any, context: dict[str, Any]) -> None:

@@ -240,7 +240,8 @@ def server(name, in_flight=0, others=0, last_used=0, **options):
 )
 def test_the_rule(servers, home, expected):
   home = home and f"http://{home}"
-  chosen = choose(servers, room=8, now=10.0, home=home, spill=4)
+  by_url = {server.url: server for server in servers}
+  chosen = choose(by_url, room=8, now=10.0, home=home, spill=4)
   assert (chosen and chosen.url) == (expected and f"http://{expected}")
 
 

@@ -52,7 +52,7 @@ def test_one_pass_chooses_as_the_rule_says(seed):
       "home": rng.choice((None, "http://0", "http://3")),
       "spill": rng.randrange(3),
     }
-    picked = balance.choose(servers, **options)
+    picked = balance.choose({one.url: one for one in servers}, **options)
     assert picked is plainly(servers, **options)
     chosen.add(None if picked is None else picked.url == options["home"])
   assert chosen == {None, True, False}
