@@ -112,6 +112,7 @@ class Fleet:
     self._version: int | None = None
     self._members: dict[str, _Member] = {}
     self._told: Mapping[str, int] | None = None
+    self._newest = 0  # version that was ever told
     self._tasks: dict[asyncio.Task, None] = {}  # in order, as a set is not
     self._counted: dict[str, int] = {}
     self._reconcile()
@@ -165,13 +166,21 @@ class Fleet:
           results.append(self._give_up(tasks[task], version, clock() - started))
           task.cancel()
         break
+    self._tell()  # also that there is none
     return results
 
   def refuse(self, version: int, reason: str) -> list[ServerSync]:
-    """Fences every server: this version must reach none, and the run has left theirs behind."""
+    """Fences every server, lost ones too: this version must reach none, and the run has left theirs
+    behind.
+
+    Returns:
+      One entry for each that was not fenced before.
+    """
     results = []
     for member in self._members.values():
-      if member.state in ("joining", "serving"):
+      if member.task is not None:  # it would come back with what the run has left behind
+        member.task.cancel()
+      if member.state != "fenced":
         why = f"{member.url}: weights v{version}: {reason}"
         self._fail(member, version, why, for_good=True)
         results.append(ServerSync(member.url, why, 0.0, {}))
@@ -328,14 +337,17 @@ class Fleet:
     member.counters = load.counters
 
   def _tell(self) -> None:
-    """Tells who may be used: those that serve the newest version that any has."""
+    """Tells who may be used: those that serve the newest version that any has had.
+
+    Versions never go back: where all that have the newest are lost, whoever asks waits for one.
+    """
     serving = {
       member.url: member.version
       for member in self._members.values()
       if member.state == "serving" and member.version is not None
     }
-    newest = max(serving.values(), default=0)
-    versions = {url: version for url, version in serving.items() if version == newest}
+    self._newest = max(self._newest, *serving.values(), 0)
+    versions = {url: version for url, version in serving.items() if version == self._newest}
     if versions != self._told:
       self._told = versions
       self._watcher.servers(versions)

@@ -10,6 +10,7 @@ from intellect3.inference import control, fleet, tensor_sync, transport, weight_
 from intellect3.rl import checks, outside
 from intellect3.rl.roles import NotStarted, Shared
 from intellect3.rl.servers import ServerList
+from intellect3.rollouts.ports import RunFailed
 from intellect3.weights import tensors
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,12 @@ class Serving:
       raise TimeoutError(f"{url}: no server after {seconds:g} s; last answer: {last}") from None
 
   async def sync(self, version: int) -> weight_sync.SyncReport:
-    """Brings a published version to all servers and checks it (contract 8)."""
+    """Brings a published version to all servers and checks it (contract 8).
+
+    Raises:
+      RunFailed: the published files are not what their manifest says, and there was no server left
+        that could have been refused them.
+    """
     settings = self._settings
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -153,7 +159,10 @@ class Serving:
     if settings.verify_fingerprints:
       wrong = await self._weights.verify(version)
       if wrong:
-        servers = self._fleet.refuse(version, _damage(directory, wrong))
+        damage = _damage(directory, wrong)
+        servers = self._fleet.refuse(version, damage)
+        if not servers:
+          raise RunFailed(f"no server is left after the sync of version {version}: {damage}")
         return weight_sync.report(version, settings.sync_mode, 0.0, servers, clock() - started)
     self._prepared = {version: await asyncio.to_thread(self._prepare, version, directory)}
     servers = await self._fleet.sync(version)

@@ -16,6 +16,7 @@ class Holdings:
     self._owner: dict[int, str] = {}
     self._held: dict[int, messages.RolloutSummary] = {}
     self._load: dict[str, int] = {}
+    self._distrusted: dict[int, set[str]] = {}  # of what runs
 
   @property
   def load(self) -> Mapping[str, int]:
@@ -57,6 +58,7 @@ class Holdings:
 
   def release(self, rollout_id: int) -> str | None:
     """The rollout is nobody's any more; returns whose it was."""
+    self._distrusted.pop(rollout_id, None)
     owner = self._owner.pop(rollout_id, None)
     if self._held.pop(rollout_id, None) is None and owner is not None:
       self._load[owner] -= 1
@@ -70,6 +72,21 @@ class Holdings:
       if owner is not None:
         by_worker.setdefault(owner, []).append(rollout_id)
     return by_worker
+
+  def distrust(self, url: str) -> None:
+    """What runs now may get tokens of a server whose word for its weights is not to be taken.
+
+    A load that broke off may leave a mixture under the version before, and workers learn later than
+    the server generates again.
+    """
+    for rollout_id in self._owner:
+      if rollout_id not in self._held:
+        self._distrusted.setdefault(rollout_id, set()).add(url)
+
+  def distrusted(self, summary: messages.RolloutSummary) -> list[str]:
+    """Servers that made any of it and were distrusted while it ran."""
+    servers = self._distrusted.get(summary.rollout_id, ())
+    return [url for url in summary.servers if url in servers]
 
   def made_by(self, url: str, version: int) -> list[int]:
     """What is held and was made, in part, by a server with this version or a newer one."""

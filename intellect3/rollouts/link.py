@@ -109,7 +109,9 @@ class OrchestratorServer:
     try:
       for link in list(self._links.values()):  # a worker may leave while another is awaited
         try:
-          await asyncio.wait_for(link.flush(), timeout=2.0)
+          # Not `wait_for`: Python 3.11's loses a cancellation that comes together with the end.
+          async with asyncio.timeout(2.0):
+            await link.flush()
         except (TimeoutError, ConnectionError):
           logger.warning("worker %s did not take its last messages", link.name)
     finally:
@@ -128,7 +130,8 @@ class OrchestratorServer:
       return web.Response(status=200)
     event = self._batch_waiters.setdefault(step, asyncio.Event())
     try:
-      await asyncio.wait_for(event.wait(), self._poll_seconds)
+      async with asyncio.timeout(self._poll_seconds):
+        await event.wait()
     except TimeoutError:
       return web.Response(status=204)
     return web.Response(status=200)

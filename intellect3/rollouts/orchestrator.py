@@ -162,6 +162,7 @@ class Orchestrator:
     if self._scheduler is not None:
       self._guarded(self._scheduler.lost, poisoned, "server fenced")
     self._pump()
+    self._holdings.distrust(url)  # also what was sent now: its worker may not have heard yet
 
   def _finished(self, name: str, summary: messages.RolloutSummary) -> None:
     if not self._holdings.runs(name, summary.rollout_id):
@@ -170,7 +171,7 @@ class Orchestrator:
       self._holdings.release(summary.rollout_id)
       self._evaluation.pop(summary.rollout_id).set_result(summary)
       return
-    poisoned = [
+    poisoned = self._holdings.distrusted(summary) + [
       url for url in summary.servers if summary.newest_version >= self._fenced.get(url, 1 << 60)
     ]
     if poisoned:

@@ -190,6 +190,7 @@ class History(World):
     fenced[url] = min(version, fenced.get(url, version))
     self.ledger.lost(self.ledger.made_by(url, version))
     self.machine.failed(url, version, "canary", for_good=for_good)
+    self.ledger.distrust(url)
 
   def _tell_servers(self):
     having = {url: has for url, has in self.served.items() if has is not None and has >= 0}

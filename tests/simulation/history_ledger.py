@@ -87,6 +87,7 @@ class Ledger:
     self._rewards = {}  # group -> [(agent, reward)], of groups that finished since the last commit
     self._credited = set()
     self.fenced = {}
+    self.distrusted = set()  # (rollout, url): it ran when the server failed
 
   def started(self, dispatch, worker, load):
     """A rollout was sent to a worker; `load` is what each connected worker runs."""
@@ -120,8 +121,16 @@ class Ledger:
       g for g in sorted(self.groups) if any(self.attempts[k].fate in OPEN for k in self.groups[g])
     ]
 
+  def distrust(self, url):
+    """A server failed: a mixture of weights may say that it is the version before."""
+    self.distrusted |= {(key, url) for key, a in self.attempts.items() if a.fate == "running"}
+
   def poisoned(self, summary):
-    return any(summary.newest_version >= self.fenced.get(url, 1 << 60) for url in summary.servers)
+    return any(
+      summary.newest_version >= self.fenced.get(url, 1 << 60)
+      or (summary.rollout_id, url) in self.distrusted
+      for url in summary.servers
+    )
 
   def finished(self, worker, summary):
     """A summary has arrived; says whether it counts."""

@@ -109,7 +109,7 @@ class Lab:
     self.start_trainer()
     restarts, resume = self.plan.world.operator_restarts, False
     while True:
-      reason = await self._live(resume)
+      reason = "" if self.trainer_reason else await self._live(resume)
       if self.ledger.breach is not None:
         raise self.ledger.breach
       resume = True
