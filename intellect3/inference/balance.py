@@ -274,6 +274,11 @@ class Balancer:
     server.blocked_until = server.full_until = 0.0
     server.room += 1.0 / server.room
 
+  def take(self, *, prefer: str | None = None, affinity: str | None = None) -> Server | None:
+    """Takes a slot if one is free now; see `acquire`."""
+    home = self._home(prefer, affinity)
+    return None if (server := self._choose(home)) is None else self._take(server)
+
   async def acquire(
     self,
     *,
@@ -292,10 +297,7 @@ class Balancer:
     Raises:
       NoServers: no slot came free in time, or too many wait already.
     """
-    preferred = self._servers.get(prefer) if prefer is not None else None
-    home = prefer if preferred is not None and preferred.open else None
-    if home is None and affinity is not None:
-      home = home_of(affinity, self._urls())
+    home = self._home(prefer, affinity)
     if (server := self._choose(home)) is not None:
       return self._take(server)
     if self.waiting >= self._max_waiting:
@@ -323,6 +325,11 @@ class Balancer:
       # Cancelled between being given the slot and waking up: the slot goes to the next.
       self.release(turn.slot.result())
     turn.slot.cancel()
+
+  def _home(self, prefer: str | None, affinity: str | None) -> str | None:
+    if prefer is not None and prefer in self._servers and self._servers[prefer].open:
+      return prefer
+    return None if affinity is None else home_of(affinity, self._urls())
 
   def _urls(self) -> tuple[str, ...]:
     if self._open_urls is None:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import heapq
 from collections import deque
+from collections.abc import Callable
 
 from intellect3.simulation import rates, scenario
 
@@ -29,7 +30,7 @@ class Request:
     known: of these, how many are in this server's cache under `version`.
     version: weights under which the known tokens were cached.
     left: tokens still to be sampled.
-    done: resolved when none is left.
+    ended: is called back, once, when none is left; None after `withdraw`.
     made: sampled tokens by version, ascending.
     reprefilled: known tokens that were computed again.
     longest_segment: seconds, its wait in the queue included.
@@ -41,7 +42,7 @@ class Request:
   known: int
   version: int
   left: int
-  done: "asyncio.Future[None]"
+  ended: Callable[[], object] | None
   made: dict[int, int] = dataclasses.field(default_factory=dict)
   reprefilled: int = 0
   longest_segment: float = 0.0
@@ -121,7 +122,7 @@ class Server:
     return len(self._waiting)
 
   def submit(self, request: Request) -> None:
-    """Takes a request; its `done` is resolved when all its tokens are there."""
+    """Takes a request; its `ended` is called back when all its tokens are there."""
     self._advance()
     request.asked = self._since
     first = self._heap[0] if self._heap else None
@@ -133,6 +134,7 @@ class Server:
 
   def withdraw(self, request: Request) -> None:
     """Forgets a request that nobody waits for any more."""
+    request.ended = None
     self._advance()
     if request.order >= 0:
       self._leave(request)
@@ -283,12 +285,12 @@ class Server:
       self._answered(request)
 
   def _answered(self, request: Request) -> None:
-    if request.done.done():
+    if request.ended is None:
       return
     if request.left:
       self.submit(request)
     else:
-      request.done.set_result(None)
+      self._loop.call_soon(request.ended)
 
   def _count(self, request: Request, *, whole: bool = False) -> None:
     """Notes what was sampled since the segment, or this version, began."""

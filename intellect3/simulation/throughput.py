@@ -205,7 +205,7 @@ class _Simulation:
         task.cancel()
       await asyncio.gather(*beside, learning, return_exceptions=True)
       for link in links:
-        await link.close()
+        link.close()
       await self._fleet.close()
     return self._made()
 

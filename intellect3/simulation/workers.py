@@ -6,6 +6,8 @@ counted; tokens are numbers of tokens. Which server a turn goes to is `inference
 
 import asyncio
 import collections
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 from intellect3 import types
@@ -29,6 +31,44 @@ class Traffic:
     kind = type(message).__name__
     self.messages[kind] += 1
     self.bytes[kind] += len(messages.encode(message))
+
+
+@dataclasses.dataclass(slots=True, eq=False, kw_only=True)
+class _Running:
+  """An attempt that runs.
+
+  Attributes:
+    dispatch, attempt: what was asked for, and what it will turn out to be.
+    group: the name that its group's prompt is shared under.
+    started: virtual second.
+    turn: index of the present one.
+    made: sampled tokens by version.
+    urls: servers that sampled any.
+    home: the last of them; it has `known` tokens cached under `version`.
+    context: tokens so far.
+    reprefilled, longest_segment: as of `server.Request`, over all turns.
+    error: why it fails.
+    pending: what it waits for, other than a server.
+    slot, request: where a server works for it.
+  """
+
+  dispatch: messages.Dispatch
+  attempt: attempts.Attempt
+  group: str
+  started: float
+  turn: int = 0
+  made: dict[int, int] = dataclasses.field(default_factory=dict)
+  urls: dict[str, None] = dataclasses.field(default_factory=dict)
+  home: server.Server | None = None
+  known: int = 0
+  version: int = 0
+  context: int = 0
+  reprefilled: int = 0
+  longest_segment: float = 0.0
+  error: str | None = None
+  pending: "asyncio.Handle | asyncio.Task[None] | None" = None
+  slot: balance.Server | None = None
+  request: server.Request | None = None
 
 
 class Worker:
@@ -75,7 +115,7 @@ class Worker:
     self._message_seconds = message_seconds
     self._write_seconds_per_token = write_seconds_per_token
     self._loop = asyncio.get_running_loop()
-    self._running: dict[int, asyncio.Task[None]] = {}
+    self._running: dict[int, _Running] = {}
     self._finished: dict[int, tuple[int, Mapping[int, int]]] = {}  # tokens, sampled by version
 
   def hello(self) -> messages.Hello:
@@ -87,12 +127,11 @@ class Worker:
     self._traffic.count(message)
     self._later(self._message_seconds, self._handle, message)
 
-  async def close(self) -> None:
+  def close(self) -> None:
     """Ends what runs."""
-    tasks = list(self._running.values())
-    for task in tasks:
-      task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    for running in self._running.values():
+      self._cancel(running)
+    self._running.clear()
 
   def _later(self, seconds: float, act: Callable[..., None], *arguments: object) -> None:
     if seconds:
@@ -107,12 +146,12 @@ class Worker:
   def _handle(self, message: messages.ToWorker) -> None:
     match message:
       case messages.Dispatch():
-        self._running[message.rollout_id] = self._loop.create_task(self._run(message))
+        self._begin(message)
       case messages.Cancel(rollout_ids=ids):
         for rollout_id in ids:
           self._finished.pop(rollout_id, None)
           if rollout_id in self._running:
-            self._running.pop(rollout_id).cancel()
+            self._cancel(self._running.pop(rollout_id))
       case messages.Forget(rollout_ids=ids):
         for rollout_id in ids:
           self._finished.pop(rollout_id, None)
@@ -125,58 +164,95 @@ class Worker:
       case messages.Fence(url=url, reason=reason) if self._hears:
         self._balancer.fence(url, reason)
 
-  async def _run(self, dispatch: messages.Dispatch) -> None:
-    started = self._loop.time()
-    attempt = self._drawn.draw(dispatch)
-    affinity = f"{dispatch.purpose}-{dispatch.group_id}"
-    made: dict[int, int] = {}  # sampled tokens by version
-    urls: dict[str, None] = {}
-    home: server.Server | None = None
-    context = known = version = reprefilled = 0
-    longest = 0.0
-    error: str | None = None
-    for turn in attempt.turns:
-      if turn.wait_seconds:
-        await asyncio.sleep(turn.wait_seconds)
-      try:
-        slot = await self._balancer.acquire(prefer=home.url if home else None, affinity=affinity)
-      except balance.NoServers as failure:
-        error = type(failure).__name__
-        break
-      chosen = self._servers[slot.url]
-      context += turn.given
-      request = server.Request(
-        group=affinity,
-        prompt=attempt.turns[0].given,
-        context=context,
-        known=known if chosen is home else 0,
-        version=version,
-        left=turn.sampled,
-        done=self._loop.create_future(),
-      )
-      chosen.submit(request)
-      try:
-        await request.done
-        self._balancer.succeeded(slot)
-      finally:
-        if not request.done.done() or request.done.cancelled():
-          chosen.withdraw(request)
-        self._balancer.release(slot)
-      for key, count in request.made.items():
-        made[key] = made.get(key, 0) + count
-      home, urls[chosen.url] = chosen, None
-      context = known = request.context
-      version = request.version
-      reprefilled += request.reprefilled
-      longest = max(longest, request.longest_segment)
-    if attempt.reward_seconds:
-      await asyncio.sleep(attempt.reward_seconds)
+  # An attempt goes from one call back to the next: tens of thousands run at once.
+
+  def _begin(self, dispatch: messages.Dispatch) -> None:
+    running = _Running(
+      dispatch=dispatch,
+      attempt=self._drawn.draw(dispatch),
+      group=f"{dispatch.purpose}-{dispatch.group_id}",
+      started=self._loop.time(),
+    )
+    self._running[dispatch.rollout_id] = running
+    running.pending = self._loop.call_soon(self._ask, running)  # in the next round, as a task would
+
+  def _ask(self, running: _Running) -> None:
+    """Takes a slot for the next turn; where none is free a task waits for one."""
+    running.pending = None
+    home = running.home.url if running.home is not None else None
+    slot = self._balancer.take(prefer=home, affinity=running.group)
+    if slot is not None:
+      self._submit(running, slot)
+    else:
+      running.pending = self._loop.create_task(self._wait(running, home))
+
+  async def _wait(self, running: _Running, home: str | None) -> None:
+    try:
+      slot = await self._balancer.acquire(prefer=home, affinity=running.group)
+    except balance.NoServers as failure:
+      running.error = type(failure).__name__
+      self._score(running)
+    else:
+      running.pending = None
+      self._submit(running, slot)
+
+  def _submit(self, running: _Running, slot: balance.Server) -> None:
+    chosen = self._servers[slot.url]
+    turns = running.attempt.turns
+    turn = turns[running.turn]
+    running.context += turn.given
+    running.slot = slot
+    running.request = server.Request(
+      group=running.group,
+      prompt=turns[0].given,
+      context=running.context,
+      known=running.known if chosen is running.home else 0,
+      version=running.version,
+      left=turn.sampled,
+      ended=functools.partial(self._answered, running, chosen),
+    )
+    chosen.submit(running.request)
+
+  def _answered(self, running: _Running, chosen: server.Server) -> None:
+    """The server has sampled a turn."""
+    request, slot = running.request, running.slot
+    if request is None or slot is None:
+      return  # cancelled meanwhile
+    running.request = running.slot = None
+    self._balancer.succeeded(slot)
+    self._balancer.release(slot)
+    for version, count in request.made.items():
+      running.made[version] = running.made.get(version, 0) + count
+    running.home, running.urls[chosen.url] = chosen, None
+    running.context = running.known = request.context
+    running.version = request.version
+    running.reprefilled += request.reprefilled
+    running.longest_segment = max(running.longest_segment, request.longest_segment)
+    running.turn += 1
+    turns = running.attempt.turns
+    if running.turn == len(turns):
+      self._score(running)
+    elif wait := turns[running.turn].wait_seconds:
+      running.pending = self._loop.call_later(wait, self._ask, running)
+    else:
+      self._ask(running)
+
+  def _score(self, running: _Running) -> None:
+    seconds = running.attempt.reward_seconds
+    if seconds:
+      running.pending = self._loop.call_later(seconds, self._end, running)
+    else:
+      self._end(running)
+
+  def _end(self, running: _Running) -> None:
+    dispatch, attempt, made = running.dispatch, running.attempt, running.made
+    error = running.error
     if error is None and attempt.reward is None:
       error = "Simulated"
-    sampled = sum(made.values())
-    if dispatch.purpose == "train" and error is None:
-      self._finished[dispatch.rollout_id] = context, made
-    self._watch.attempted(longest)
+    well = error is None
+    if well and dispatch.purpose == "train":
+      self._finished[dispatch.rollout_id] = running.context, made
+    self._watch.attempted(running.longest_segment)
     del self._running[dispatch.rollout_id]
     self._send(
       messages.RolloutSummary(
@@ -184,19 +260,28 @@ class Worker:
         group_id=dispatch.group_id,
         purpose=dispatch.purpose,
         environment=dispatch.environment,
-        reward=attempt.reward if error is None else None,
+        reward=attempt.reward if well else None,
         error=error,
         truncated=attempt.truncated,
-        lengths=[context] if error is None else [],
-        sampled_tokens=sampled if error is None else 0,
-        oldest_version=min(made) if made and error is None else types.NOT_SAMPLED,
-        newest_version=max(made) if made and error is None else types.NOT_SAMPLED,
-        servers=sorted(urls),
+        lengths=[running.context] if well else [],
+        sampled_tokens=sum(made.values()) if well else 0,
+        oldest_version=min(made) if well and made else types.NOT_SAMPLED,
+        newest_version=max(made) if well and made else types.NOT_SAMPLED,
+        servers=sorted(running.urls),
         metrics={},
-        seconds=self._loop.time() - started,
-        reprefilled_tokens=reprefilled,
+        seconds=self._loop.time() - running.started,
+        reprefilled_tokens=running.reprefilled,
       )
     )
+
+  def _cancel(self, running: _Running) -> None:
+    if running.pending is not None:
+      running.pending.cancel()
+    request, slot = running.request, running.slot
+    running.request = running.slot = None
+    if request is not None and slot is not None:
+      self._servers[slot.url].withdraw(request)
+      self._balancer.release(slot)
 
   def _write(self, batch: messages.WriteBatch) -> None:
     lengths, fresh = [], []

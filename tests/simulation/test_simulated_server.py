@@ -19,7 +19,7 @@ def request(tokens, *, group="g", prompt=0, context=None, known=0, version=-1):
     known=known,
     version=version,
     left=tokens,
-    done=asyncio.get_running_loop().create_future(),
+    ended=None,
   )
 
 
@@ -34,12 +34,19 @@ def serve(settings, play, *, segment_tokens=10**9):
   return clock.run(main())
 
 
+async def answer(one, wanted):
+  """Submits a request and waits until all its tokens are there."""
+  told = asyncio.Event()
+  wanted.ended = told.set
+  one.submit(wanted)
+  await told.wait()
+
+
 async def ended(one, now, *requests):
   """When each was done."""
 
   async def follow(wanted):
-    one.submit(wanted)
-    await wanted.done
+    await answer(one, wanted)
     return now()
 
   return await asyncio.gather(*map(follow, requests))
@@ -106,13 +113,13 @@ def test_tokens_are_stamped_with_the_version_of_their_moment(flush, seconds):
 
   async def play(one, now):
     wanted = request(200)
-    one.submit(wanted)
+    answered = asyncio.ensure_future(answer(one, wanted))
     await asyncio.sleep(1.5)
     one.pause()
     await asyncio.sleep(1.0)
     one.load(1, flush=flush)
     one.resume()
-    await wanted.done
+    await answered
     return now(), wanted.made, one.settle()
 
   when, made, usage = serve(settings, play)
@@ -128,12 +135,12 @@ def test_a_prompt_that_is_being_computed_waits_for_the_weights_too():
 
   async def play(one, now):
     wanted = request(100, prompt=200)
-    one.submit(wanted)
+    answered = asyncio.ensure_future(answer(one, wanted))
     await asyncio.sleep(0.5)
     one.pause()
     await asyncio.sleep(4.0)
     one.resume()
-    await wanted.done
+    await answered
     return now()
 
   assert serve(settings, play) == pytest.approx(2.0 + 1.0 + 4.0)
