@@ -2,18 +2,20 @@
 
 All running requests get tokens at the same pace, so one number, the tokens that each has been given
 since the start (`_service`), tells when any of them ends: a request that joins at service s and
-wants n tokens ends at s + n. What the server is asked for stands in a heap by that number; nothing
-happens token by token. Prefill and weight syncs make it stand still.
+wants n tokens ends at s + n. The ends stand in a heap by that number, those of requests that joined
+together (a group's) as one; nothing happens token by token. Prefill and weight syncs make it stand still.
 """
 
 import asyncio
 import dataclasses
 import heapq
+import operator
 from collections import deque
 from collections.abc import Callable
 
 from intellect3.simulation import rates, scenario
 
+_order = operator.attrgetter("order")
 _EPSILON = 1e-6  # of a token: rounding of the service
 _GROUPS = 4096  # prompts that a server remembers
 
@@ -49,6 +51,7 @@ class Request:
   asked: float = 0.0
   start: float = 0.0  # service at the start of the running segment, or at the last version
   segment: int = 0
+  end: float = 0.0  # service at the end of the running segment
   order: int = -1  # of its turn among the running; -1: not running
 
 
@@ -105,7 +108,8 @@ class Server:
     self._service = 0.0
     self._cached = 0.0
     self._running: dict[int, Request] = {}  # by order
-    self._heap: list[tuple[float, int]] = []  # (service at the segment's end, order)
+    self._ends: dict[float, list[Request]] = {}  # whose segments end at a service
+    self._heap: list[float] = []  # the keys of `_ends`, and some that are there no more
     self._waiting: deque[Request] = deque()
     self._order = 0
     self._timer: asyncio.TimerHandle | None = None
@@ -129,7 +133,7 @@ class Server:
     self._waiting.append(request)
     self._admit()
     # One more makes all of them slower: what was next comes later, and the timer may ring early.
-    if self._timer is None or self._settings.cache_tokens or self._heap[0] is not first:
+    if self._timer is None or self._settings.cache_tokens or self._heap[0] != first:
       self._rearm()
 
   def withdraw(self, request: Request) -> None:
@@ -137,7 +141,7 @@ class Server:
     request.ended = None
     self._advance()
     if request.order >= 0:
-      self._leave(request)
+      self._break_off(request)
     elif request in self._waiting:
       self._waiting.remove(request)
     self._admit()
@@ -197,11 +201,13 @@ class Server:
       if self._busy_until > self._since:
         self._busy_until += span
     else:
-      still = min(max(self._busy_until - self._since, 0.0), span)
-      usage.prefilling += still
-      if running and span > still:
-        usage.decoding += span - still
-        steps = self._pace.steps(span - still, running, self._cached)
+      if self._busy_until > self._since:
+        still = min(self._busy_until - self._since, span)
+        usage.prefilling += still
+        span -= still
+      if running and span > 0.0:
+        usage.decoding += span
+        steps = self._pace.steps(span, running, self._cached)
         self._service += steps
         self._cached += steps * running
         usage.sampled += steps * running
@@ -210,12 +216,12 @@ class Server:
   def _next(self) -> float | None:
     """When the next segment ends or the cache is full; None: nothing will happen by itself."""
     heap = self._heap
-    while heap and heap[0][1] not in self._running:
+    while heap and heap[0] not in self._ends:
       heapq.heappop(heap)
     if self._paused or not heap:
       return None
     running = len(self._running)
-    steps = heap[0][0] - self._service
+    steps = heap[0] - self._service
     room = self._settings.cache_tokens
     if room and running > 1:
       steps = min(steps, (room - self._cached) / running)
@@ -240,18 +246,18 @@ class Server:
     self._timer = None
     self.events += 1
     self._advance()
-    ended = []
-    while self._heap and self._heap[0][0] <= self._service + _EPSILON:
-      _, order = heapq.heappop(self._heap)
-      request = self._running.get(order)
-      if request is not None:
-        ended.append(request)
+    heap, running = self._heap, self._running
+    reached = self._service + _EPSILON
+    ended: list[Request] = []
+    while heap and heap[0] <= reached:
+      together = self._ends.pop(heapq.heappop(heap), [])
+      ended.extend(sorted(together, key=_order) if len(together) > 1 else together)
     for request in ended:
       self._end_segment(request)
     room = self._settings.cache_tokens
-    while room and len(self._running) > 1 and self._cached + _EPSILON >= room:
-      newest = self._running[next(reversed(self._running))]
-      self._leave(newest)
+    while room and len(running) > 1 and self._cached + _EPSILON >= room:
+      newest = running[next(reversed(running))]
+      self._break_off(newest)
       newest.known = 0
       self.usage.retracted += newest.context
       self._waiting.appendleft(newest)
@@ -262,22 +268,25 @@ class Server:
   # Requests.
 
   def _end_segment(self, request: Request) -> None:
+    """A segment is sampled, and out of `_ends`."""
     taken = self._since - request.asked
     if taken > request.longest_segment:
       request.longest_segment = taken
     more = request.left - request.segment
-    if more and not self._waiting and not self._settings.latency_seconds:
+    latency = self._settings.latency_seconds
+    if more and not self._waiting and not latency:
       request.asked = self._since  # the next segment, at once; counted when something changes
-      more = min(more, self._segment_tokens)
+      if more > self._segment_tokens:
+        more = self._segment_tokens
       request.segment += more
-      heapq.heappush(self._heap, (self._service + more, request.order))
+      self._expect(request, more)
       return
     self._count(request, whole=True)
     self._leave(request)
     request.known = request.context
     request.version = self.version
-    if self._settings.latency_seconds:
-      self._loop.call_later(self._settings.latency_seconds, self._answered, request)
+    if latency:
+      self._loop.call_later(latency, self._answered, request)
     elif request.left:
       request.asked = self._since
       self._waiting.append(request)
@@ -295,14 +304,32 @@ class Server:
   def _count(self, request: Request, *, whole: bool = False) -> None:
     """Notes what was sampled since the segment, or this version, began."""
     sampled = request.segment
-    if not whole:
-      sampled = min(sampled, round(self._service - request.start))
+    if not whole and (so_far := round(self._service - request.start)) < sampled:
+      sampled = so_far
     request.start = self._service
     if sampled > 0:
       request.made[self.version] = request.made.get(self.version, 0) + sampled
       request.segment -= sampled
       request.left -= sampled
       request.context += sampled
+
+  def _expect(self, request: Request, tokens: int) -> None:
+    """The running segment ends when so many more tokens are sampled."""
+    request.end = end = self._service + tokens
+    together = self._ends.get(end)
+    if together is None:
+      self._ends[end] = [request]
+      heapq.heappush(self._heap, end)
+    else:
+      together.append(request)
+
+  def _break_off(self, request: Request) -> None:
+    """Leaves in the midst of a segment."""
+    together = self._ends[request.end]
+    together.remove(request)
+    if not together:
+      del self._ends[request.end]
+    self._leave(request)
 
   def _leave(self, request: Request) -> None:
     self._count(request)
@@ -341,7 +368,7 @@ class Server:
     request.segment = segment
     self._cached += request.context
     self._running[request.order] = request
-    heapq.heappush(self._heap, (self._service + segment, request.order))
+    self._expect(request, segment)
 
   def _prefill(self, tokens: int) -> None:
     if tokens > 0:

@@ -167,11 +167,9 @@ class _Simulation:
         batch_committed=learner.batch_committed,
         dispatched=lambda total: None,
         report=self._report,
-        report_evaluation=lambda version, row: watch.event(
-          "evaluated", {"version": version, **row}
-        ),
+        report_evaluation=lambda version, row: watch.event("evaluated", version=version, **row),
         server_metrics=self._server_metrics,
-        status=lambda phase, detail: watch.event("status", {"phase": phase}),
+        status=lambda phase, detail: watch.event("status", phase=phase),
       ),
       num_workers=max(1, run.num_workers),
       steps=run.steps,
@@ -283,7 +281,7 @@ class _Simulation:
 
   async def _commit(self, learner: trainer.Trainer, manifest: types.Manifest) -> None:
     rollout_log.check_manifest(manifest, manifest.step)
-    self._watch.event("committed", {"step": manifest.step, "loss_tokens": manifest.loss_tokens})
+    self._watch.event("committed", step=manifest.step, loss_tokens=manifest.loss_tokens)
     await learner.commit(manifest)
 
   def _report(self, step: int, row: Mapping[str, float]) -> None:

@@ -75,5 +75,5 @@ class Trainer:
   async def _write(self, version: int) -> None:
     await asyncio.sleep(self._settings.write_seconds)
     self._newest = version
-    self._watch.event("published", {"version": version})
+    self._watch.event("published", version=version)
     self._published.set()

@@ -68,18 +68,18 @@ class Watch:
     self.slow_segments = 0
     self.events = 0
 
-  def event(self, name: str, fields: Mapping[str, Any]) -> None:
+  def event(self, event: str, /, **fields: Any) -> None:
     """Something happened; a line of the trace."""
     self.events += 1
     if self._trace is not None:
-      self._trace(json.dumps({"t": self._loop.time(), "event": name, **fields}) + "\n")
+      self._trace(json.dumps({"t": self._loop.time(), "event": event, **fields}) + "\n")
 
   def dispatched(self, rollout_id: int) -> None:
     """A training rollout was opened."""
     group = rollout_id // self._group_size
     if group not in self._groups:
       self._groups[group] = Group(self._loop.time())
-    self.event("dispatched", {"rollout": rollout_id})
+    self.event("dispatched", rollout=rollout_id)
 
   def attempted(self, longest_segment: float) -> None:
     """A rollout ended at its worker; its longest segment took so many seconds."""
@@ -101,12 +101,10 @@ class Watch:
         self.lengths[summary.rollout_id] = summary.sampled_tokens
     self.event(
       "finished",
-      {
-        "rollout": summary.rollout_id,
-        "tokens": summary.sampled_tokens,
-        "versions": [summary.oldest_version, summary.newest_version],
-        "reward": summary.reward,
-      },
+      rollout=summary.rollout_id,
+      tokens=summary.sampled_tokens,
+      versions=(summary.oldest_version, summary.newest_version),
+      reward=summary.reward,
     )
 
   def trained(
@@ -125,18 +123,18 @@ class Watch:
     length = self.lengths.pop(rollout_id, None)
     if length is not None:
       self.outcomes.append((length, outcome, self._masked.pop(rollout_id, 0)))
-    self.event(outcome, {"rollout": rollout_id, "reason": reason})
+    self.event(outcome, rollout=rollout_id, reason=reason)
 
   def stepped(self, step: int, tokens: int, waiting: float, marks: Mapping[str, float]) -> None:
     """The trainer is through with a step; since `waiting` it had waited for its batch."""
     self.steps[step] = {"tokens": tokens, "waiting": waiting, **marks}
-    self.event("stepped", {"step": step, "tokens": tokens})
+    self.event("stepped", step=step, tokens=tokens)
     self._stepped(step)
 
   def synced(self, version: int, url: str, since: float) -> None:
     """A server has a version."""
     self.syncs.append((version, url, since, self._loop.time()))
-    self.event("synced", {"version": version, "server": url})
+    self.event("synced", version=version, server=url)
 
 
 class Ledger(accounting.Accounting):
