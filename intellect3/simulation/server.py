@@ -3,7 +3,8 @@
 All running requests get tokens at the same pace, so one number, the tokens that each has been given
 since the start (`_service`), tells when any of them ends: a request that joins at service s and
 wants n tokens ends at s + n. The ends stand in a heap by that number, those of requests that joined
-together (a group's) as one; nothing happens token by token. Prefill and weight syncs make it stand still.
+together (a group's) as one; nothing happens token by token. Prefill and weight syncs make it stand
+still.
 """
 
 import asyncio
