@@ -91,9 +91,9 @@ class TaskSampler:
     share = rng.random()
     fractions = {"easy": self._pools.easy_fraction, "hard": self._pools.hard_fraction}
     for pool, fraction in fractions.items():
-      if share < fraction and (members := self._in_pool(name, pool)):
+      if 0 <= share < fraction and (members := self._in_pool(name, pool)):
         return name, rng.choice(members)
-      share -= fraction
+      share -= fraction  # below 0: it was this pool's, and there is nothing in it
     index = self._next_normal(name)
     if index is not None:
       return name, index
@@ -111,7 +111,9 @@ class TaskSampler:
   def _next_normal(self, name: str) -> int | None:
     """The next task of the epoch that is in no pool; None after a whole epoch without one."""
     members = self._members[name]
-    for _ in range(self._sizes[name]):
+    # What is left of this epoch, then a whole one: so many tasks in a row need not be all of them,
+    # as each epoch has its own order.
+    for _ in range(2 * self._sizes[name]):
       index = self._permuted(name, self._cursor[name])
       self._cursor[name] += 1
       if index not in members:

@@ -233,7 +233,6 @@ class Orchestrator:
     self._pump()
     while version < self._steps:
       version = await self._sync(version)
-      self._pump()
     if self._evaluation_tasks:
       await self._evaluate()
     self._ports.status("done", scheduler.accounting.counts())
@@ -251,6 +250,7 @@ class Orchestrator:
     if report.fenced and not report.healthy and not report.lost:
       reasons = "; ".join(report.fenced.values())
       raise RunFailed(f"no server is left after the sync of version {version}: {reasons}")
+    self._pump()  # groups that were complete need no server to be batched
     while self._scheduler.version < version:  # all are lost; the first to come back brings it
       self._news.clear()
       await self._news.wait()
