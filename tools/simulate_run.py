@@ -1,12 +1,14 @@
 """How a run would go on a cluster that is not here: the production orchestrator, a virtual clock.
 
-    python -m tools.simulate_run --gin FILE [--gin FILE ..] [--set a.b=c ..] --scenario FILE
+    python -m tools.simulate_run --gin FILE [--gin FILE ..] [--set a.b=c ..]
+        [--scenario FILE | --target h100|h200|b200|v5p [--write-scenario OUT.toml]]
         [--seed N] [--steps N] [--json OUT] [--trace OUT] [--plot OUT.png]
 
 The gin file says what the run's orchestrator and workers do, the scenario (TOML or JSON,
-docs/simulator.md) what servers, trainer and attempts are like. Nothing is started and jax is not
-imported. Progress goes to stderr. Exit code 1: the run does not reach its last step; 2: the
-configuration or the scenario is not fit.
+docs/simulator.md) what servers, trainer and attempts are like. Without one it is assumed: rooflines
+of the run's model on the target, and guesses; every line of it is told, and --write-scenario keeps
+it, to be edited. Nothing is started and jax is not imported. Progress goes to stderr. Exit code 1:
+the run does not reach its last step; 2: the configuration or the scenario is not fit.
 """
 
 import argparse
@@ -20,8 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import gin_config
+from intellect3.planning import hardware
 from intellect3.rollouts.ports import RunFailed
-from intellect3.simulation import clock, scenario_file, throughput
+from intellect3.simulation import assumed, clock, scenario, scenario_file, settings, throughput
 from tools import simulated_run
 
 PLOT_SECONDS = 1.0
@@ -43,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot is not None and (arguments.steps or run.steps) < 2:
       raise ValueError("--plot: expected a run of at least 2 steps, got 1")
     run = dataclasses.replace(run, scheduler=dataclasses.replace(run.scheduler, **changes))
-    given = scenario_file.load(arguments.scenario)
+    given, notes = _scenario(arguments, run)
     if arguments.seed is not None:
       given = dataclasses.replace(given, seed=arguments.seed)
+    if notes:
+      print(assumptions(given, notes), end="\n\n", flush=True)
     with contextlib.ExitStack() as files:
       trace = None
       if arguments.trace is not None:
@@ -65,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"the run ends: {error}", file=sys.stderr)
     return 1
   report["wall_seconds"] = time.perf_counter() - started
+  report["scenario_notes"] = dict(notes)
   if arguments.json is not None:
     pathlib.Path(arguments.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
   print(table(report))
@@ -84,7 +90,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--gin", action="append", required=True, metavar="FILE")
   parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="bindings")
-  parser.add_argument("--scenario", required=True, metavar="FILE", help="the cluster")
+  parser.add_argument("--scenario", metavar="FILE", help="the cluster; else it is assumed")
+  parser.add_argument("--target", help="the devices of an assumed cluster: h200 by default")
+  parser.add_argument(
+    "--hardware", type=pathlib.Path, help="their constants, as plan_run takes them"
+  )
+  parser.add_argument(
+    "--write-scenario", type=pathlib.Path, metavar="OUT.toml", help="where what is assumed goes"
+  )
   parser.add_argument("--seed", type=int, help="of run and scenario; by default their own")
   parser.add_argument("--steps", type=int, help="by default the run's")
   parser.add_argument("--json", metavar="OUT", help="where the whole report goes")
@@ -96,6 +109,33 @@ def _parser() -> argparse.ArgumentParser:
     "--sample-seconds", type=float, help="virtual seconds between two entries of the timeline"
   )
   return parser
+
+
+def _scenario(
+  arguments: argparse.Namespace, run: settings.RunSettings
+) -> tuple[scenario.Scenario, assumed.Notes]:
+  """The scenario that is given, or one assumed, with notes on where its fields are from."""
+  if arguments.scenario is not None:
+    for name in ("target", "hardware", "write_scenario"):
+      if getattr(arguments, name) is not None:
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{flag}: expected only where no --scenario is given")
+    return scenario_file.load(arguments.scenario), {}
+  target = arguments.target or "h200"
+  constants = hardware.load(target, arguments.hardware)
+  given, notes = assumed.make(run, simulated_run.cluster(), constants, target)
+  if arguments.write_scenario is not None:
+    if arguments.write_scenario.suffix != ".toml":
+      raise ValueError(
+        f"--write-scenario: expected a name in .toml, got {arguments.write_scenario}"
+      )
+    arguments.write_scenario.write_text(scenario_file.dump(given, notes), encoding="utf-8")
+  return given, notes
+
+
+def assumptions(given: scenario.Scenario, notes: assumed.Notes) -> str:
+  """What was assumed where no scenario was given: the scenario's fields, and where each is from."""
+  return "assumed, no scenario given:\n" + scenario_file.dump(given, notes).rstrip()
 
 
 def _progress(steps: int, started: float) -> Callable[[int, float], None]:

@@ -1,19 +1,27 @@
 """A run's gin file -> `simulation.settings.RunSettings`: what its orchestrator and workers decide.
 
 Used by `tools.simulate_run`. Nothing of the run is started: no server, worker or trainer is made,
-and no weights are needed. Its environments are built, for the number of their tasks.
+and no weights are needed. Its environments are built, for the number of their tasks. `cluster`
+reads what the same file says of trainer and servers, for a scenario where none is given.
 """
 
 import inspect
-from collections.abc import Callable
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
 
 from experiments import gin_config
-from intellect3.rl import checks, orchestrator, roles, worker
+from intellect3.models.config import ModelConfig
+from intellect3.rl import checks, inference, orchestrator, roles, worker
 from intellect3.rollouts import credit, difficulty, filters, scheduler
-from intellect3.simulation import settings
+from intellect3.simulation import assumed, settings
+
+DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+"""A model's dtype -> its rate's name in hardware.toml."""
 
 
 def read(text: str, *, without_jax: bool = True) -> settings.RunSettings:
@@ -91,6 +99,72 @@ def _scheduler() -> scheduler.Settings:
   )
 
 
+def cluster() -> assumed.Said:
+  """What the configuration that `read` has parsed says of the run's model, trainer and servers.
+
+  Raises:
+    gin_config.ConfigError: it does not say what nobody can assume; one line that names it.
+  """
+  try:
+    options = _bound("trainer.trainer.model_options") or {}
+    mesh = _bound("trainer.trainer.mesh")
+    if not isinstance(mesh, Mapping):
+      raise ValueError(
+        "trainer.trainer.mesh: expected the trainer's devices, such as {'fsdp': 8} (without a "
+        f"--scenario nothing else tells them), got {mesh!r}"
+      )
+    dtype = options.get("dtype", "float32")
+    if dtype not in DTYPES:
+      raise ValueError(
+        f"trainer.trainer.model_options.dtype: expected one of {list(DTYPES)}, got {dtype!r}"
+      )
+    return assumed.Said(
+      model=_model(_value(roles.run, "model_path")),
+      train_dtype=DTYPES[dtype],
+      trainer_devices=math.prod(mesh.values()),
+      **_servers(),
+    )
+  except (ValueError, TypeError, OSError) as error:
+    raise gin_config.ConfigError(str(error).splitlines()[0]) from error
+
+
+def _model(path: Any) -> ModelConfig:
+  file = pathlib.Path(str(path)) / "config.json"
+  if file.is_file():
+    return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+  model = _bound("MODEL/macro.value")
+  if not isinstance(model, ModelConfig):
+    raise ValueError(
+      "rl.run.model_path: expected a directory with config.json, or the macro MODEL "
+      f"(= @presets.NAME()) for a model that is not on this machine, got {path!r}"
+    )
+  return model
+
+
+def _servers() -> dict[str, Any]:
+  """Number and size of the servers, of what the file binds itself."""
+  urls, count = _bound("rl.run.server_urls"), _bound("rl.run.num_servers")
+  server = _value(roles.run, "inference")
+  options: Mapping[str, Any] = {}
+  if server in (inference.embedded_server, inference.sglang_server):
+    options = _bound(f"inference.{server.__name__}.options") or {}
+  running = options.get("slots", options.get("max_running_requests"))
+  return {
+    "servers": len(urls) if urls else count,
+    "server_devices": options.get("tp_size"),
+    "max_running": running,
+    "memory_share": options.get("mem_fraction_static"),
+  }
+
+
+def _bound(name: str) -> Any:
+  """What the file itself binds, references followed; None where it does not."""
+  try:
+    return _called(gin.query_parameter(name))
+  except ValueError:
+    return None
+
+
 def _value(function: Callable[..., Any], name: str) -> Any:
   """What the file binds a parameter to, references followed; else the parameter's default."""
   try:
@@ -109,6 +183,8 @@ def _called(value: Any) -> Any:
   """What references stand for: a configured function, or what that returns."""
   if isinstance(value, list | tuple):
     return [_called(part) for part in value]
+  if isinstance(value, Mapping):
+    return {name: _called(part) for name, part in value.items()}
   if not hasattr(value, "scoped_configurable_fn"):
     return value
   function = value.scoped_configurable_fn

@@ -1,4 +1,5 @@
-"""A scenario from a TOML or JSON file, with errors that name file, field, expected and given.
+"""A scenario from a TOML or JSON file, with errors that name file, field, expected and given; and
+back into TOML.
 
 A table for each record of `scenario`; two keys stand for data elsewhere, relative to the file:
 `trainer.plan` (JSON of `tools.plan_run`) and `environments.NAME.lengths.rollout_log` (a run's
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -154,3 +156,42 @@ def _record(kind: type[T], given: Any, where: str) -> T:
     if where and where != name and not message.startswith(where):
       message = f"{where}.{message.split('.', 1)[-1]}"
     raise ValueError(message) from error
+
+
+def dump(given: scenarios.Scenario, notes: Mapping[str, str]) -> str:
+  """A scenario as TOML that `parse` reads again, without what is at its default and has no note.
+
+  Args:
+    given: the scenario.
+    notes: what to say beside a field, by `table.field`.
+  """
+  lines: list[str] = []
+  _dump(dataclasses.asdict(given), given, "", notes, lines)
+  return "\n".join(lines) + "\n"
+
+
+def _dump(
+  table: Mapping[str, Any], record: Any, where: str, notes: Mapping[str, str], lines: list[str]
+) -> None:
+  """Adds a record's own fields, then the tables in it."""
+  defaults = {}
+  if dataclasses.is_dataclass(record):
+    defaults = {field.name: field.default for field in dataclasses.fields(record)}
+  own = []
+  for key, value in table.items():
+    path = f"{where}.{key}" if where else key
+    if not isinstance(value, Mapping) and (path in notes or value != defaults.get(key)):
+      own.append(f"{key} = {_toml(value)}" + (f"  # {notes[path]}" if path in notes else ""))
+  if where and own:
+    lines += ["", f"[{where}]"]
+  lines += own
+  for key, value in table.items():
+    if isinstance(value, Mapping):
+      below = record[key] if isinstance(record, Mapping) else getattr(record, key)
+      name = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
+      _dump(value, below, f"{where}.{name}" if where else name, notes, lines)
+
+
+def _toml(value: Any) -> str:
+  """A number, string, bool or list of them: what JSON and TOML write alike."""
+  return json.dumps(list(value) if isinstance(value, tuple) else value)

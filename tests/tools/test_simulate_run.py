@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-DEMO = "experiments/configs/runs/demo.gin"
+RUNS = "experiments/configs/runs"
+DEMO = f"{RUNS}/demo.gin"
 SCENARIO = """
 name = "two servers"
 [servers]
@@ -46,6 +47,11 @@ def simulate(tmp_path, *calls, hash_seed="0"):
     path = tmp_path / f"scenario_{hash_seed}_{number}.toml"
     path.write_text(scenario)
     lines.append(["--gin", DEMO, "--scenario", str(path), *map(str, arguments)])
+  return called(lines, hash_seed)
+
+
+def called(lines, hash_seed="0"):
+  """Calls with these arguments, in one process of their own."""
   done = subprocess.run(
     [sys.executable, "-c", CALLS, json.dumps(lines)],
     cwd=ROOT,
@@ -98,4 +104,54 @@ def test_what_cannot_run_is_one_line_and_an_exit_code(tmp_path):
     assert line.startswith("error: ") and message in line
   # One that never trains is ended, and says why.
   assert lines[-1] == "code 1"
-  assert "the run ends: AccountingError: 1600 rollouts were dispatched and none" in lines[-2]
+  assert lines[-2].startswith("the run ends: ") and "Simulated" in lines[-2]
+
+
+def test_without_a_scenario_it_is_assumed_told_and_written(tmp_path):
+  out = tmp_path / "assumed.toml"
+  gin = ["--gin", f"{RUNS}/qwen3_30b_a3b_8xh100.gin", "--steps", "2"]
+  lines = [
+    [*gin, "--target", "h100", "--write-scenario", str(out)],
+    [*gin, "--scenario", str(out)],
+    [*gin, "--target", "h900"],
+    [*gin, "--scenario", str(out), "--target", "h100"],
+    [*gin, "--write-scenario", str(tmp_path / "x.json")],
+    [*gin, "--set", "MODEL=3"],
+    ["--gin", DEMO],
+    [*gin, "--set", "trainer.trainer.model_options={'dtype': 'int8'}"],
+  ]
+  done = called(lines)
+  printed = done.stdout.split("code 0\n")
+  assert printed[0].startswith("assumed, no scenario given:\nname = ")
+  assert out.read_text().strip() in printed[0]
+  for line in (
+    "count = 12  # assumed: 3 devices for each that trains, as INTELLECT-3",
+    "devices = 8  # run file",
+    "maximum = 8000  # run file (max_tokens, max_new_tokens)",
+  ):
+    assert line in printed[0].splitlines()
+  table = [text[text.index("scenario  ") : text.index("simulated in")] for text in printed[:2]]
+  assert table[0] == table[1]  # what was written gives the same
+  told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  for line, message in zip(
+    told,
+    (
+      "target: expected one of ('h100', ",
+      "--target: expected only where no --scenario is given",
+      "--write-scenario: expected a name in .toml",
+      "rl.run.model_path: expected a directory with config.json, or the macro MODEL",
+      "trainer.trainer.mesh: expected the trainer's devices, such as {'fsdp': 8}",
+      "trainer.trainer.model_options.dtype: expected one of ['bfloat16'",
+    ),
+    strict=True,
+  ):
+    assert message in line
+  assert done.stdout.splitlines()[-1] == "jax False False"
+
+
+def test_the_servers_options_of_the_run_file_are_taken():
+  launch = ["--gin", "experiments/launch/sglang.gin", "--set", "tensor_parallel=4"]
+  urls = "rl.run.server_urls=['http://a:1', 'http://b:1']"
+  gin = ["--gin", f"{RUNS}/qwen3_30b_a3b_8xh100.gin", *launch, "--set", urls, "--steps", "1"]
+  lines = called([gin]).stdout.splitlines()
+  assert {"count = 2  # run file", "devices = 4  # run file"} <= set(lines)
