@@ -16,7 +16,7 @@ import gin
 
 from experiments import gin_config
 from intellect3.models.config import ModelConfig
-from intellect3.rl import checks, inference, orchestrator, roles, worker
+from intellect3.rl import checks, orchestrator, roles, worker
 from intellect3.rollouts import credit, difficulty, filters, scheduler
 from intellect3.simulation import assumed, settings
 
@@ -144,10 +144,8 @@ def _model(path: Any) -> ModelConfig:
 def _servers() -> dict[str, Any]:
   """Number and size of the servers, of what the file binds itself."""
   urls, count = _bound("rl.run.server_urls"), _bound("rl.run.num_servers")
-  server = _value(roles.run, "inference")
-  options: Mapping[str, Any] = {}
-  if server in (inference.embedded_server, inference.sglang_server):
-    options = _bound(f"inference.{server.__name__}.options") or {}
+  server = _value(roles.run, "inference").__name__
+  options: Mapping[str, Any] = _bound(f"inference.{server}.options") or {}
   running = options.get("slots", options.get("max_running_requests"))
   return {
     "servers": len(urls) if urls else count,
