@@ -89,6 +89,8 @@ def run_here(capsys, without_jax):
     ({"orchestrator.orchestrator.sync_bucket_bytes": 0}, [], "bucket_bytes: expected an integer"),
     ({"orchestrator.orchestrator.sync_timeout_seconds": 0}, [], "sync_timeout_seconds: expected"),
     ({"orchestrator.orchestrator.server_poll_seconds": "often"}, [], "server_poll_seconds: expect"),
+    ({"orchestrator.orchestrator.worker_patience_seconds": 0}, [], "worker_patience_seconds: exp"),
+    ({"orchestrator.orchestrator.max_groups_in_vain": 0}, [], "max_groups_in_vain: expected"),
     ({"worker.worker.segment_tokens": 0}, [], "worker.segment_tokens: expected an integer >= 1"),
     ({"worker.worker.grace_seconds": -1}, [], "worker.grace_seconds: expected a number >= 0"),
     ({"worker.worker.wait_seconds": 0}, [], "worker.wait_seconds: expected a number > 0, got 0"),

@@ -29,12 +29,14 @@ class Settings:
     weights_lag: versions that servers are kept behind the newest.
     evaluation_tasks: held-out tasks per environment.
     server_patience_seconds: how long the run waits for a server when there is none.
+    worker_patience_seconds: how long for a worker, once all were there.
   """
 
   serving: serving.Settings
   weights_lag: int
   evaluation_tasks: int
   server_patience_seconds: float
+  worker_patience_seconds: float
 
 
 class Door(Protocol):
@@ -110,6 +112,7 @@ async def conduct(parts: Parts, outside: Outside, make_door: MakeDoor) -> None:
       steps=shared.steps,
       seed=shared.seed,
       server_patience_seconds=settings.server_patience_seconds,
+      worker_patience_seconds=settings.worker_patience_seconds,
       evaluation_tasks=settings.evaluation_tasks,
       scheduler_state=left.scheduler_state,
       dispatched=left.dispatched,

@@ -38,6 +38,8 @@ def orchestrator(
   server_start_seconds: float = 600.0,
   server_poll_seconds: float = 2.0,
   server_patience_seconds: float = 600.0,
+  worker_patience_seconds: float = 600.0,
+  max_groups_in_vain: int = 10_000,
   start: Callable[[conducting.Parts], None] | None = None,
 ) -> Main:
   """Builds the orchestrator.
@@ -73,6 +75,10 @@ def orchestrator(
     server_start_seconds: how long servers may take to answer at the start.
     server_poll_seconds: how often to look at the servers, and at the list of them (`servers.txt`).
     server_patience_seconds: how long the run waits for one to come back when there is none.
+    worker_patience_seconds: how long it waits for a worker when there is none, once all were there.
+    max_groups_in_vain: so many groups that left nothing to train since the last batch (each attempt
+      failed, or the filters kept none), for each group that waits for the next one and one more,
+      end the run.
     start: conducts what is built here; None: in the run's directory, over HTTP.
 
   Raises:
@@ -87,12 +93,14 @@ def orchestrator(
     staleness_rule=staleness_rule,
     batch_order="dispatch" if deterministic else "completion",
     temperature=temperature,
+    max_groups_in_vain=max_groups_in_vain,
     seed=shared.seed,
   )
   for field, value in (
     ("server_poll_seconds", server_poll_seconds),
     ("sync_patience_seconds", sync_patience_seconds),
     ("server_patience_seconds", server_patience_seconds),
+    ("worker_patience_seconds", worker_patience_seconds),
   ):
     checks.number(field, value, 0, above=True)
   serving_settings = serving.Settings(
@@ -138,6 +146,7 @@ def orchestrator(
       weights_lag=weights_lag,
       evaluation_tasks=evaluation_tasks,
       server_patience_seconds=server_patience_seconds,
+      worker_patience_seconds=worker_patience_seconds,
     ),
     make_scheduler=make_scheduler,
     make_worker=make_worker,

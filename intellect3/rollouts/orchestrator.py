@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from intellect3 import types
-from intellect3.rollouts import holdings, messages, reports
+from intellect3.rollouts import evaluation, holdings, messages, reports
 from intellect3.rollouts.ports import Link, Ports, RunFailed
-from intellect3.rollouts.scheduler import BatchPlan, Scheduler, rollout_seed
+from intellect3.rollouts.scheduler import BatchPlan, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +269,9 @@ class Orchestrator:
           self._commit_task = asyncio.ensure_future(self._commit(plan))
           self._commit_task.add_done_callback(self._committed)
       self._forget(scheduler.take_forgotten())
+      if (alarm := scheduler.alarm()) is not None:
+        logger.warning("%s", alarm)
+        self._ports.status("training", {"in_vain": alarm})
       # After the plan, which may have dropped stale groups: what they leave room for starts now.
       started = scheduler.dispatch() if self._versions else []
       if started:  # kept before it is sent: what a crash loses must have been counted
@@ -358,25 +361,10 @@ class Orchestrator:
       raise RunFailed(f"no worker is there to evaluate version {version}")
     loop = asyncio.get_running_loop()
     futures: list[asyncio.Future[messages.RolloutSummary]] = []
-    for key, size in sorted(self._sizes.items()):
-      environment, _, split = key.rpartition("/")
-      for index in range(min(self._evaluation_tasks, size) if split == "eval" else 0):
-        rollout_id = -1 - len(futures)
-        self._evaluation[rollout_id] = loop.create_future()
-        futures.append(self._evaluation[rollout_id])
-        self._assign(
-          messages.Dispatch(
-            rollout_id=rollout_id,
-            group_id=rollout_id,
-            sample=0,
-            environment=environment,
-            split="eval",
-            index=index,
-            seed=rollout_seed(self._seed, environment, index, rollout_id, 0),
-            temperature=0.0,
-            purpose="eval",
-          )
-        )
+    for dispatch in evaluation.dispatches(self._sizes, self._evaluation_tasks, self._seed):
+      self._evaluation[dispatch.rollout_id] = loop.create_future()
+      futures.append(self._evaluation[dispatch.rollout_id])
+      self._assign(dispatch)
     summaries = await asyncio.gather(*futures)
     self._ports.report_evaluation(version, reports.evaluation(summaries))
 

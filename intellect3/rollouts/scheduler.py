@@ -21,59 +21,8 @@ import numpy as np
 
 from intellect3.rollouts import accounting as accounting_lib
 from intellect3.rollouts import credit as credit_lib
-from intellect3.rollouts import difficulty, filters, messages
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """What the scheduler is asked to do.
-
-  Attributes:
-    steps: last training step of the run.
-    prompts_per_step: groups with at least one trainable rollout in a batch.
-    rollouts_per_prompt: G; 1 only where the baseline is not the group's.
-    max_off_policy_steps: bound on staleness; 0 is the synchronous loop.
-    max_rollouts_in_flight: rollouts running at once (rounded down to whole groups, at least one).
-    staleness_rule: `drop` the stale rollout, or `mask` its stale tokens.
-    batch_order: `completion` (groups as they finish) or `dispatch` (deterministic mode).
-    temperature: of the training rollouts.
-    seed: run seed; a rollout's seed follows from it, the group and the sample.
-  """
-
-  steps: int
-  prompts_per_step: int
-  rollouts_per_prompt: int
-  max_off_policy_steps: int
-  max_rollouts_in_flight: int
-  staleness_rule: str = "drop"
-  batch_order: str = "completion"
-  temperature: float = 1.0
-  seed: int = 0
-
-  def __post_init__(self) -> None:
-    for field, low in (
-      ("steps", 1),
-      ("prompts_per_step", 1),
-      ("rollouts_per_prompt", 1),
-      ("max_off_policy_steps", 0),
-      ("max_rollouts_in_flight", 1),
-    ):
-      value = getattr(self, field)
-      if not isinstance(value, int) or value < low:
-        raise ValueError(f"{field}: expected an integer >= {low}, got {value!r}")
-    if self.staleness_rule not in ("drop", "mask"):
-      raise ValueError(f"staleness_rule: expected 'drop' or 'mask', got {self.staleness_rule!r}")
-    if self.batch_order not in ("completion", "dispatch"):
-      raise ValueError(
-        f"batch_order: expected 'completion' or 'dispatch', got {self.batch_order!r}"
-      )
-    if self.temperature <= 0:
-      raise ValueError(f"temperature: expected > 0 for training, got {self.temperature}")
-    if self.max_rollouts_in_flight < self.rollouts_per_prompt:
-      raise ValueError(
-        f"max_rollouts_in_flight: expected at least one group of {self.rollouts_per_prompt}, "
-        f"got {self.max_rollouts_in_flight}"
-      )
+from intellect3.rollouts import difficulty, filters, in_vain, messages
+from intellect3.rollouts.scheduler_settings import Settings
 
 
 @dataclasses.dataclass
@@ -127,6 +76,7 @@ class Scheduler:
     self._completed: dict[int, None] = {}  # groups with something to train, as they completed
     self._unchecked: dict[int, None] = {}  # of these, those not yet held against `_checked`
     self._checked: int | None = None  # the oldest version that was allowed at the last look
+    self._in_vain = in_vain.InVain(settings.max_groups_in_vain)
     self._pool_updates: dict[int, tuple[str, int, float]] = {}
     self._baselines: credit_lib.Baselines = {}
     self._rewards: dict[int, list[tuple[str, float]]] = {}  # group -> (agent, shaped reward)
@@ -243,7 +193,12 @@ class Scheduler:
       self._completed[group.group_id] = None
       self._unchecked[group.group_id] = None
     else:
-      del self._groups[group.group_id]
+      self._drop(group)
+
+  def _drop(self, group: _Group) -> None:
+    """Nothing of a group is to be trained."""
+    del self._groups[group.group_id]
+    self._in_vain.ended()
 
   # What is trained.
 
@@ -299,7 +254,7 @@ class Scheduler:
           self._end(rollout_id, "stale", self._settings.staleness_rule)
       if not self._trainable(group):
         del self._completed[group_id]
-        del self._groups[group_id]
+        self._drop(group)
 
   def _trainable(self, group: _Group) -> list[int]:
     """Rollouts of a scored group that have an advantage and have not ended."""
@@ -320,6 +275,7 @@ class Scheduler:
       self._sampler.update(environment, index, mean_reward)
     self._pool_updates.clear()
     self._move_baselines()
+    self._in_vain.batched(self.accounting.reasons())
     self.next_step += 1
 
   def _move_baselines(self) -> None:
@@ -341,6 +297,10 @@ class Scheduler:
     return ids
 
   # What is told.
+
+  def alarm(self) -> str | None:
+    """What people should hear of groups that end in vain; raises `in_vain.NothingToTrain`."""
+    return self._in_vain.alarm(len(self._completed), self.accounting)
 
   def take_forgotten(self) -> list[int]:
     """Finished rollouts that will never be batched, since the last call."""
@@ -383,6 +343,7 @@ class Scheduler:
     self.accounting = accounting_lib.Accounting.restore(state["accounting"])
     self._sampler.restore(state["sampler"])
     self._baselines = credit_lib.restored(state.get("baselines", {}))
+    self._in_vain.batched(self.accounting.reasons())
 
   def _end(self, rollout_id: int, outcome: str, reason: str = "") -> None:
     self.accounting.end(rollout_id, outcome, reason)

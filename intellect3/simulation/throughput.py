@@ -32,9 +32,6 @@ from intellect3.simulation import (
 )
 from intellect3.simulation import settings as settings_lib
 
-_VAIN_STEPS = 100
-"""Of rollouts without a batch, after which a run is taken to go on so for ever."""
-
 
 def simulate(
   run: settings_lib.RunSettings,
@@ -62,7 +59,7 @@ def simulate(
   Raises:
     ValueError: run and scenario do not fit together.
     clock.Stuck: nothing would ever happen again.
-    ports.RunFailed: the run ends with a reason; one that goes on without ever training is ended.
+    ports.RunFailed: the run ends with a reason.
   """
   _check(run, given)
   warm_up = min(run.scheduler.max_off_policy_steps + 1, run.steps // 4)
@@ -268,10 +265,7 @@ class _Simulation:
     run = self._run
     sampler = difficulty.TaskSampler(sizes, run.environment_weights, run.pools, run.scheduler.seed)
     self._scheduler = scheduler.Scheduler(run.scheduler, sampler, run.group_filters, run.credit)
-    settings = run.scheduler
-    step = settings.prompts_per_step * settings.rollouts_per_prompt
-    most = _VAIN_STEPS * (step + settings.max_rollouts_in_flight)
-    self._scheduler.accounting = watching.Ledger(self._watch, most)
+    self._scheduler.accounting = watching.Ledger(self._watch)
     return self._scheduler
 
   def _received(self, name: str, message: messages.FromWorker) -> None:

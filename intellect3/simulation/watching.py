@@ -142,28 +142,18 @@ class Ledger(accounting.Accounting):
 
   Args:
     watch: is told.
-    most: rollouts that may be dispatched one after the other without any being trained.
   """
 
-  def __init__(self, watch: Watch, most: int) -> None:
+  def __init__(self, watch: Watch) -> None:
     super().__init__()
     self._watch = watch
-    self._most = most
-    self._in_vain = 0
 
   def dispatch(self, rollout_id: int) -> None:
-    """See Accounting; raises AccountingError where the run would go on for ever."""
-    self._in_vain += 1
-    if self._in_vain > self._most:
-      raise accounting.AccountingError(
-        f"{self._most} rollouts were dispatched and none was trained: {self.reasons()}"
-      )
+    """See Accounting."""
     super().dispatch(rollout_id)
     self._watch.dispatched(rollout_id)
 
   def end(self, rollout_id: int, outcome: str, reason: str = "") -> None:
     """See Accounting."""
     super().end(rollout_id, outcome, reason)
-    if outcome == "trained":
-      self._in_vain = 0
     self._watch.ended(rollout_id, outcome, reason)

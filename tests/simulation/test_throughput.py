@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from intellect3.rollouts import accounting, difficulty
+from intellect3.rollouts import accounting, difficulty, filters, ports
 from intellect3.simulation import scenario, throughput
 from tests.simulation import scenes
 
@@ -210,6 +210,23 @@ def test_a_timeline_is_sampled_where_asked_for():
 def test_what_does_not_fit_together_is_refused(run, given, message):
   with pytest.raises(ValueError, match=message):
     simulate(scenes.run(**run), scenes.cluster(**given))
+
+
+@pytest.mark.parametrize(
+  ("run", "environment", "message"),
+  [
+    ({}, {"error_rate": 1.0}, r"64 groups .* 0 wait for a batch: errored 128 \(Simulated 128\)$"),
+    (
+      {"group_filters": filters.Filters()},
+      {"solved": (1.0,)},
+      r"64 groups .* 0 wait for a batch: filtered 128 \(zero_advantage 128\)$",
+    ),
+  ],
+)
+def test_a_run_that_never_trains_ends_as_in_production(run, environment, message):
+  cluster = scenes.cluster(environments={"default": scenes.environment(**environment)})
+  with pytest.raises(ports.RunFailed, match=message):
+    simulate(scenes.run(max_groups_in_vain=64, **run), cluster)
 
 
 def test_a_warm_up_must_leave_steps():
