@@ -103,6 +103,8 @@ class Worker:
   def handle(self, message: messages.ToWorker) -> None:
     """Acts on one message; returns at once."""
     match message:
+      case messages.Dispatch(rollout_id=key) if key in self._running or key in self._finished:
+        logger.warning("rollout %d is here already", key)
       case messages.Dispatch():
         task = asyncio.get_running_loop().create_task(self._run(message))
         self._running[message.rollout_id] = task

@@ -1,6 +1,5 @@
 """The fault lab: schedules hold, a seed gives one trace everywhere, planted faults are found."""
 
-import dataclasses
 import hashlib
 import os
 import subprocess
@@ -8,8 +7,9 @@ import sys
 
 import pytest
 from planted_faults import PLANTED
+from quiet_worlds import fault, plan
 
-from intellect3.simulation.faults import lab, schedule
+from intellect3.simulation.faults import coverage, lab, schedule, strikes, trainer
 from tools import fault_lab
 
 PARTS = 6
@@ -17,13 +17,27 @@ SEEDS = 300
 SEARCH = 60
 
 
+@pytest.fixture(scope="module")
+def covered():
+  return coverage.Coverage()
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-def test_contracts_hold_and_every_run_ends(part):
+def test_contracts_hold_and_every_run_ends(part, covered):
   outcomes = [lab.run(seed) for seed in range(part, SEEDS, PARTS)]
   wrong = [(outcome.seed, outcome.end) for outcome in outcomes if not outcome.ok]
   assert not wrong, f"replay with python -m tools.fault_lab --seed N --trace: {wrong}"
   trained = sum(outcome.end == "trained" for outcome in outcomes)
   assert trained > 0.8 * len(outcomes)  # others end with a reason that a fault excuses
+  for outcome in outcomes:
+    covered.add(schedule.draw(outcome.seed), outcome)
+
+
+def test_every_kind_of_fault_is_felt(covered):
+  if covered.schedules < SEEDS:
+    pytest.skip("counts what the schedules before it felt")
+  missing = [kind for kind in (*schedule.KINDS, *coverage.FELT) if not covered.felt[kind]]
+  assert not missing
 
 
 @pytest.mark.slow
@@ -33,9 +47,10 @@ def test_contracts_hold_in_ten_thousand_schedules(part):
   assert not wrong
 
 
-def test_every_kind_of_fault_strikes():
+def test_every_kind_of_fault_is_planned_and_told_of():
   planned = {fault.kind for seed in range(SEEDS) for fault in schedule.draw(seed).faults}
-  assert planned == set(schedule.KINDS)
+  told = [kind for kinds in coverage.GROUPS.values() for kind in kinds]
+  assert planned == set(schedule.KINDS) == set(told) and len(told) == len(planned)
 
 
 DIGEST = """
@@ -64,33 +79,30 @@ def test_a_seed_gives_the_same_trace_in_every_process():
   ("plant", "says", "shown"), PLANTED, ids=[plant.__name__ for plant, *_ in PLANTED]
 )
 def test_a_planted_fault_is_found(plant, says, shown, monkeypatch):
+  by_hand = isinstance(shown, schedule.Schedule)
+  assert not by_hand or lab.run_plan(shown).ok
   plant(monkeypatch)
   monkeypatch.setattr(lab, "HORIZON_SECONDS", 1000.0)
-  for seed in (shown, *range(SEARCH)):  # the seed that shows it may move with the schedules
-    outcome = lab.run(seed)
+  # The seed that shows it may move with what seeds draw.
+  for each in [shown] if by_hand else map(schedule.draw, (shown, *range(SEARCH))):
+    outcome = lab.run_plan(each)
     if not outcome.ok:
       break
   assert not outcome.ok and says in outcome.end
 
 
 def test_an_unexcused_end_is_a_breach(monkeypatch):
-  quiet = next(p for p in map(schedule.draw, range(200)) if p.world.num_servers == 1)
-  fault = schedule.Fault(at=1.0, kind="disk_full", seconds=3.0)
-  plan = dataclasses.replace(quiet, faults=(fault,))
-  assert lab.run_plan(plan).ok
-  monkeypatch.setattr(lab, "strike", lambda *_: (_full(*_), False)[1])
-  assert "no fault excuses" in lab.run_plan(plan).end
-
-
-def _full(where, fault):
-  where.disk.full = True
+  full = plan(fault(1.0, "disk_full"))
+  assert lab.run_plan(full).ok
+  strike = strikes.strike
+  monkeypatch.setattr(strikes, "strike", lambda *arguments: (strike(*arguments), False)[1])
+  assert "no fault excuses" in lab.run_plan(full).end
 
 
 def test_a_wait_for_what_never_comes_is_found(monkeypatch):
-  plan = dataclasses.replace(schedule.draw(0), faults=())
-  monkeypatch.setattr(lab.world.Trainer, "_publish", lambda self, version: None)
+  monkeypatch.setattr(trainer.Trainer, "_publish", lambda self, version: None)
   monkeypatch.setattr(lab, "HORIZON_SECONDS", 300.0)
-  assert lab.run_plan(plan).end.startswith("stuck")
+  assert lab.run_plan(plan()).end.startswith("stuck")
 
 
 def test_the_tool_tells_of_failing_seeds_and_replays_one(monkeypatch, capsys):

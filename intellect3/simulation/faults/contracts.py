@@ -4,9 +4,11 @@ Judged from outside: from what environments gave, what servers really had, what 
 and what lies on the disk. Contract 2: staleness of every trained token within its bound, no token
 of weights that were not yet there, each stamped with the weights that made it. Contract 3: the
 identity of the accounting at every moment, no rollout trained twice, none dispatched and not
-counted. Contract 4: what failed is in no batch.
+counted. Contract 4: what failed is in no batch. Experts are of the token and place they stand at,
+and difficulty pools hold what was earned (`pools`).
 """
 
+import collections
 import random
 import re
 import zlib
@@ -16,7 +18,7 @@ import numpy as np
 
 from intellect3 import types
 from intellect3.rollouts import accounting, conversation, messages, scheduler
-from intellect3.simulation.faults import schedule, truth
+from intellect3.simulation.faults import pools, schedule, truth
 
 REWARDS = (0.25, 0.5, 0.75, 1.0)
 """What an attempt may be worth: never 0, so that a failure that was scored shows."""
@@ -29,7 +31,8 @@ REASONS: Mapping[str, Sequence[str]] = {
   r"no server is left after the sync of version \d+: .*fingerprints": ("weights_cut",),
   r"no server is left": _SERVER_FAULTS,
   r"no server after \d+ s": _SERVER_FAULTS,
-  r"worker \w+ is gone|no worker is there": ("worker_killed",),
+  r"groups ended since the last batch with nothing to train": _SERVER_FAULTS,
+  r"worker \w+ is gone|no worker is there": ("worker_killed", "workers_killed"),
   r"trainer: .*(bytes|crc32|records): expected": ("shard_cut",),
 }
 """How a run may end before its last step, and which faults excuse it."""
@@ -46,12 +49,20 @@ class Ledger:
     self._world = plan.world
     self._seed = plan.seed
     self.happened: set[str] = set()
+    self.felt: set[str] = set()
     self.rewards: dict[int, list[float]] = {}
     self.posted = 0
+    self._sent: collections.Counter[int] = collections.Counter()
     self.trained: dict[int, int] = {}
     self.committed: dict[int, types.Manifest] = {}
     self._batches: dict[int, int] = {}
     self._published = -1
+    self._told = -1
+    self._pools = pools.Judge(
+      pools.POOLS[plan.world.pools],
+      tasks_of(plan.world),
+      plan.world.rollouts_per_prompt,
+    )
     self.breach: Breach | None = None
 
   def _breach(self, text: str) -> Breach:
@@ -65,6 +76,10 @@ class Ledger:
   def attempted(self, key: int, reward: float) -> None:
     """An environment scored an attempt; `key` names the rollout."""
     self.rewards.setdefault(key, []).append(reward)
+    if len(self.rewards[key]) > self._sent[key]:
+      raise self._breach(
+        f"contract 3: a rollout was sent {self._sent[key]} times, {len(self.rewards[key])} attempts"
+      )
 
   def published(self, version: int) -> None:
     """The trainer published a version."""
@@ -72,22 +87,27 @@ class Ledger:
       raise self._breach(f"versions: v{version} was published after v{self._published}")
     self._published = version
 
-  def told(self, before: int, servers: messages.Servers, sound: Collection[str]) -> int:
-    """Workers are told of servers; returns the newest version told in this life.
+  def told(self, servers: messages.Servers) -> None:
+    """Workers are told of servers: of the newest version that was ever told, or a newer one."""
+    for version in servers.versions.values():
+      if version < self._told:
+        raise self._breach(f"versions: workers are told of v{version} after v{self._told}")
+      if version > self._published:
+        raise self._breach(
+          f"versions: workers are told of v{version}, v{self._published} is the newest"
+        )
+    self._told = max(self._told, *servers.versions.values(), -1)
 
-    Args:
-      before: what was returned the last time.
-      servers: what they are told.
-      sound: servers that answer and have version `before`: while there is one, none goes back.
-    """
-    newest = max(servers.versions.values(), default=before)
-    if newest < before and sound:
-      raise self._breach(f"versions: workers are told of v{newest} after v{before}")
-    if newest > self._published:
-      raise self._breach(
-        f"versions: workers are told of v{newest}, v{self._published} is the newest"
-      )
-    return max(newest, before)
+  def dispatched(self, dispatch: messages.Dispatch) -> None:
+    """A rollout is sent to a worker."""
+    self._sent[rollout_key(random.Random(conversation.derive_seed(dispatch.seed, "random")))] += 1
+    if dispatch.purpose != "train":
+      self.felt.add("evaluation rollouts")
+      return
+    self.posted += 1
+    wrong = self._pools.dispatched(dispatch)
+    if wrong is not None:
+      raise self._breach(wrong)
 
   def summarized(self, summary: messages.RolloutSummary) -> None:
     """A worker tells of a rollout."""
@@ -95,6 +115,8 @@ class Ledger:
       raise self._breach(
         f"contract 4: rollout {summary.rollout_id}: error {summary.error}, reward {summary.reward}"
       )
+    if summary.purpose == "train":
+      self._pools.summarized(summary)
 
   def moment(self, account: accounting.Accounting) -> None:
     """Any moment of the orchestrator's life (contract 3)."""
@@ -118,6 +140,11 @@ class Ledger:
       raise self._breach(
         f"contract 3: {total} rollouts are in batches, {trained} counted as trained"
       )
+    wrong = self._pools.commits(manifest)
+    if wrong is not None:
+      raise self._breach(wrong)
+    if self._pools.used:
+      self.felt.add("tasks in difficulty pools")
 
   # Batches, as the trainer reads them.
 
@@ -157,11 +184,12 @@ class Ledger:
     sampled = versions != types.NOT_SAMPLED
     oldest = step - 1 - self._world.max_off_policy_steps
     kept = sampled if self._world.staleness_rule == "drop" else trajectory.loss_mask
+    newest = max(0, step - 1 - self._world.weights_lag)
     for where in np.flatnonzero(kept):
-      if not oldest <= versions[where] <= step - 1:
+      if not oldest <= versions[where] <= newest:
         raise self._breach(
           f"contract 2: {name}, token {where}: version {versions[where]}, "
-          f"expected {oldest} to {step - 1}"
+          f"expected {oldest} to {newest}"
         )
     if np.any(trajectory.loss_mask & ~sampled):
       raise self._breach(f"contract 1: {name}: a token that was not sampled is trained on")
@@ -172,6 +200,21 @@ class Ledger:
         f"contract 2: {name}, token {wrong[0]}: weights v{versions[wrong[0]]} are stamped on it "
         "and did not make it"
       )
+    self._note_kinds(trajectory, oldest)
+    experts = trajectory.routed_experts
+    if not self._world.routed_experts:
+      if experts is not None:
+        raise self._breach(f"experts: {name}: nobody asked for them")
+    elif experts is None or not np.array_equal(experts, truth.experts(trajectory.tokens[:-1])):
+      raise self._breach(f"experts: {name}: they are not those of its tokens")
+
+  def _note_kinds(self, trajectory: types.Trajectory, oldest: int) -> None:
+    """What a batch has that not every batch has."""
+    versions = trajectory.policy_versions[trajectory.policy_versions != types.NOT_SAMPLED]
+    if versions.size and versions.min() < versions.max():
+      self.felt.add("trajectories over several versions")
+    if versions.size and versions.min() < oldest:
+      self.felt.add("stale tokens masked")
 
   def _key(self, record: types.TrajectoryRecord) -> int:
     sample = record.rollout_id % self._world.rollouts_per_prompt
@@ -182,7 +225,12 @@ class Ledger:
   # The end.
 
   def ended(self, reason: str) -> None:
-    """A life of the run ended with a reason: is there a fault that excuses it?"""
+    """A life of the run ended with a reason: is there a fault that excuses it?
+
+    Where solved tasks are left out, all may have been solved.
+    """
+    if self._world.pools == "easy" and re.search(r"tasks is normal any more", reason):
+      return
     for pattern, kinds in REASONS.items():
       if re.search(pattern, reason) and self.happened & set(kinds):
         return
@@ -197,6 +245,11 @@ class Ledger:
       )
     if self._published != self._world.steps:
       raise self._breach(f"the run is done with v{self._published}")
+
+
+def tasks_of(world: schedule.World) -> int:
+  """Tasks of each split: few with difficulty pools, so that they come again."""
+  return 10 if world.pools else 40
 
 
 def rollout_key(rng: random.Random) -> int:

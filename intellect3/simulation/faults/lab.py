@@ -23,15 +23,20 @@ from intellect3.simulation import clock
 from intellect3.simulation.faults import (
   contracts,
   network,
+  pools,
   processes,
   schedule,
   servers,
+  strikes,
+  trainer,
   truth,
   world,
 )
 
 HORIZON_SECONDS = 5000.0
 """More than any schedule takes; a run that is not over by then waits for what never comes."""
+FELT_AT_ONCE = ("trainer_killed", "checkpoint_lost")
+"""Faults that cannot strike without being felt; others tell of it themselves."""
 MEMORY_DISK = pathlib.Path("/dev/shm")
 
 
@@ -45,6 +50,7 @@ class Outcome:
     ok: whether nothing is.
     seconds: virtual ones.
     happened: kinds of faults that struck.
+    felt: of these, what somebody felt; and what else there was (`coverage`).
     trace: what happened, line by line.
   """
 
@@ -53,6 +59,7 @@ class Outcome:
   ok: bool
   seconds: float
   happened: Sequence[str]
+  felt: Sequence[str]
   trace: Sequence[str]
 
 
@@ -66,7 +73,7 @@ class Lab:
     self.ledger = contracts.Ledger(plan)
     self.loop = asyncio.get_running_loop()
     shape = plan.world
-    self.disk = world.Disk(root, self.rng("disk"), self.note)
+    self.disk = world.Disk(root, self.rng("disk"), self.note, self.felt)
     urls = [f"http://server_{n}:1" for n in range(shape.num_servers)]
     self.servers = {
       url: servers.Server(
@@ -76,15 +83,17 @@ class Lab:
         room=shape.server_room,
         load_seconds=1.0,
         stages=shape.stages,
+        tells_experts=shape.routed_experts,
         note=self.note,
+        felt=self.felt,
       )
       for url in urls
     }
-    self.network = network.Network(self.servers, self.rng("network"), self.note)
-    self.news = network.News(self.rng("news"), self.note)
+    self.network = network.Network(self.servers, self.rng("network"), self.note, self.felt)
+    self.news = network.News(self.rng("news"), self.note, self.felt)
     self.unlisted: set[str] = set()
     self.life: processes.Life | None = None
-    self.trainer = world.Trainer(
+    self.trainer = trainer.Trainer(
       shape, self.disk, self.ledger, tell=self._published, note=self.note
     )
     self._training: asyncio.Task[None] | None = None
@@ -99,6 +108,10 @@ class Lab:
     """A line of the trace."""
     text = f"{self.loop.time():10.4f} {who}: {what}"
     self.trace.append(text.replace(str(self.root), "RUN"))
+
+  def felt(self, what: str) -> None:
+    """Somebody felt a fault, or met something that a schedule may bring."""
+    self.ledger.felt.add(what)
 
   # The run and who starts it.
 
@@ -138,7 +151,7 @@ class Lab:
       http=life.connection,
       weights=world.Weights(self.disk, life.point),
       log=world.Log(self.disk, self.ledger, life.point),
-      servers=lambda: [url for url in self.servers if url not in self.unlisted],
+      servers=self._listed,
       reporter=world.Reporter(life.note),
       nonce=self._nonce,
     )
@@ -167,13 +180,18 @@ class Lab:
       max_rollouts_in_flight=shape.groups_in_flight * shape.rollouts_per_prompt,
       staleness_rule=shape.staleness_rule,
       deterministic=shape.deterministic,
+      pools=pools.POOLS[shape.pools],
       sync_mode=shape.sync_mode,
+      sync_transport=shape.sync_transport,
+      sync_bucket_bytes=shape.bucket_bytes,
+      weights_lag=shape.weights_lag,
       sync_timeout_seconds=15.0,
       sync_patience_seconds=20.0,
       evaluation_tasks=shape.evaluation_tasks,
       server_start_seconds=60.0,
       server_poll_seconds=2.0,
       server_patience_seconds=90.0,
+      max_groups_in_vain=100,
       start=built.append,
     )()
 
@@ -186,7 +204,13 @@ class Lab:
 
   def _shared(self, resume: bool) -> roles.Shared:
     shape = self.plan.world
-    chat = world.Chat(shape.failing, self.ledger.attempted)
+    chat = world.Chat(
+      shape.failing,
+      shape.turns,
+      contracts.tasks_of(shape),
+      attempted=self.ledger.attempted,
+      felt=self.felt,
+    )
     return roles.Shared(
       run_dir=self.root,
       steps=shape.steps,
@@ -200,20 +224,13 @@ class Lab:
       num_workers=shape.num_workers,
       orchestrator_url="http://orchestrator:1",
       server_urls=tuple(self.servers),
+      router=truth.ROUTER if shape.routed_experts else None,
     )
 
-  def sound_servers(self, version: int) -> list[str]:
-    """Servers that anybody can reach, that answer, and that have a version."""
-    return [
-      url
-      for url, server in self.servers.items()
-      if server.answers
-      and server.label == str(version)
-      and server.truth == version
-      and url not in self.network.cut
-      and url not in self.unlisted
-      and not self.network.lost_answers.get(url)
-    ]
+  def _listed(self) -> list[str]:
+    if self.unlisted:
+      self.felt("server_unlisted")
+    return [url for url in self.servers if url not in self.unlisted]
 
   def _nonce(self) -> str:
     self._nonces += 1
@@ -232,17 +249,19 @@ class Lab:
       return
     error = task.exception()
     assert error is not None
-    if not isinstance(error, ValueError):
+    if not isinstance(error, ValueError | OSError):
       self.loop.call_exception_handler({"message": "trainer", "exception": error})
-    self.trainer_reason = f"{error}".replace(str(self.root), "RUN")
+    self.trainer_reason = f"{error}".replace(str(self.root), "RUN") or type(error).__name__
     if self.life is not None:
       self.life.kill("the trainer has ended")
 
-  def kill_trainer(self, seconds: float) -> None:
-    """Ends its process; another is started later."""
-    if self._training is not None and not self._training.done():
-      self._training.cancel()
-      self.loop.call_later(seconds, self.start_trainer)
+  def kill_trainer(self, seconds: float) -> bool:
+    """Ends its process; another is started later. Returns whether there was one."""
+    if self._training is None or self._training.done():
+      return False
+    self._training.cancel()
+    self.loop.call_later(seconds, self.start_trainer)
+    return True
 
   def _published(self, version: int) -> None:
     self.news.tell(self._hear_version, version, "version")
@@ -258,67 +277,11 @@ class Lab:
   # Faults.
 
   def _strike(self, fault: schedule.Fault) -> None:
-    if strike(self, fault):
+    if strikes.strike(self, fault):
       self.ledger.happened.add(fault.kind)
+      if fault.kind in FELT_AT_ONCE:
+        self.ledger.felt.add(fault.kind)
       self.note("fault", str(fault))
-
-
-def strike(lab: Lab, fault: schedule.Fault) -> bool:
-  """Lets a fault happen; returns whether there was anything for it to strike."""
-  loop, life = lab.loop, lab.life
-  server = list(lab.servers.values())[fault.target % len(lab.servers)]
-  match fault.kind:
-    case "server_killed" | "server_restarted_stale":
-      if not server.alive:
-        return False
-      server.die()
-      stale = fault.kind == "server_restarted_stale"
-      label = fault.detail if stale else "0"
-      weights = int(label) if label.isdigit() else 0
-      loop.call_later(0.5 if stale else fault.seconds, server.start, label, weights)
-    case "server_slow":
-      server.set_slow(8.0)
-      loop.call_later(fault.seconds, server.set_slow, 1.0)
-    case "server_hung":
-      server.hang(fault.seconds)
-    case "server_garbage":
-      server.garbage += [fault.detail] * (1 + int(fault.seconds) % 7)
-    case "server_cut_off":
-      lab.network.cut.add(server.url)
-      loop.call_later(fault.seconds, lab.network.cut.discard, server.url)
-    case "server_unlisted":
-      lab.unlisted.add(server.url)
-      loop.call_later(fault.seconds, lab.unlisted.discard, server.url)
-    case "load_fails" | "load_wrong":
-      server.next_load = fault.kind.removeprefix("load_")
-    case "answers_lost":
-      lost = lab.network.lost_answers
-      lost[server.url] = lost.get(server.url, 0) + int(fault.detail)
-    case "worker_killed":
-      return life is not None and life.kill_worker(fault.target, fault.seconds)
-    case "worker_late":
-      return life is not None and life.delay_worker(fault.target, fault.seconds)
-    case "trainer_stalled":
-      lab.trainer.stall(fault.seconds)
-    case "trainer_killed":
-      lab.kill_trainer(fault.seconds)
-    case "orchestrator_killed":
-      if life is None or not life.alive:
-        return False
-      life.arm(fault.detail)
-    case "disk_full":
-      lab.disk.full = True
-      loop.call_later(fault.seconds, setattr, lab.disk, "full", False)
-    case "disk_slow":
-      lab.disk.slow = 100.0
-      loop.call_later(fault.seconds, setattr, lab.disk, "slow", 1.0)
-    case "shard_cut":
-      lab.disk.cut_next_shard = True
-    case "weights_cut":
-      lab.disk.cut_next_weights = True
-    case _:
-      raise ValueError(f"kind: expected one of {list(schedule.KINDS)}, got {fault.kind!r}")
-  return True
 
 
 def run(seed: int) -> Outcome:
@@ -353,7 +316,9 @@ def run_plan(plan: schedule.Schedule) -> Outcome:
   lab = labs[0]
   if lab.ledger.breach is not None:
     ok, end = False, f"breach: {lab.ledger.breach}"
-  return Outcome(plan.seed, end, ok, seconds, sorted(lab.ledger.happened), lab.trace)
+  return Outcome(
+    plan.seed, end, ok, seconds, sorted(lab.ledger.happened), sorted(lab.ledger.felt), lab.trace
+  )
 
 
 @contextlib.contextmanager

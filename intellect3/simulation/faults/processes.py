@@ -33,7 +33,7 @@ class Surroundings(Protocol):
 
   def batch_committed(self, step: int) -> None: ...
 
-  def sound_servers(self, version: int) -> list[str]: ...
+  def felt(self, what: str) -> None: ...
 
 
 class Life:
@@ -47,7 +47,6 @@ class Life:
     self.connection = network.Connection(lab.network)
     self.task: asyncio.Task[None] | None = None
     self.scheduler: scheduler.Scheduler | None = None
-    self.newest_told = -1
     self.orchestrator: orchestrator_lib.Orchestrator | None = None
     self._version_published: Callable[[int], None] = lambda version: None
     self._keepers: list[asyncio.Task[None]] = []
@@ -66,6 +65,10 @@ class Life:
     """Ends the process at once."""
     if self.alive:
       self._lab.note("lab", f"the orchestrator is killed: {why}")
+      if why == "a fault" or why.startswith("at "):
+        self._lab.felt("orchestrator_killed")
+      if self.scheduler is not None and self.scheduler.accounting.in_flight:
+        self._lab.felt("orchestrator ended with rollouts in flight")
       self.alive = self.connection.alive = False
       if self.task is not None:
         asyncio.get_running_loop().call_soon(self.task.cancel)
@@ -138,7 +141,16 @@ class Life:
         self.spy(message)
         send(message)
 
-      return self._build(index, self.connection, lambda: self.alive, spied)
+      made = self._build(index, self.connection, lambda: self.alive, spied)
+      handle = made.handle
+
+      def hear(message: messages.ToWorker) -> None:
+        if self.alive:
+          self.spy(message)
+          handle(message)
+
+      made.handle = hear  # type: ignore[method-assign]
+      return made
 
     return make
 
@@ -154,7 +166,7 @@ class Life:
     ) -> types.ShardEntry:
       if not (lives() and self.point("shard.before")):
         await asyncio.Event().wait()  # the dead do not go on, and say nothing
-      entry = await self._lab.disk.write_shard(path, records)
+      entry = await self._lab.disk.write_shard(path, records, lives)
       self.point("shard.after")
       return entry
 
@@ -189,18 +201,38 @@ class Life:
     """The worker of a process of its own."""
     return self._build(process.index, process.connection, lambda: process.alive, send)
 
-  def kill_worker(self, number: int, seconds: float) -> bool:
+  def kill_worker(self, number: int, seconds: float, why: str = "worker_killed") -> bool:
     """Kills a worker's process, or with none but its own the orchestrator."""
     if not self.alive:
       return False
     if not self.shared.num_workers:
+      self._lab.felt(why)
       self.kill("its worker is killed")
       return True
     process = self._present.get(number % self.shared.num_workers)
     if process is None or not process.alive:
       return False
     process.back_after = seconds
+    if process.has:
+      self._lab.felt(why)
     process.die()
+    return True
+
+  def kill_workers(self, seconds: float) -> bool:
+    """Kills all of them at once; returns whether there were several."""
+    there = [index for index, process in self._present.items() if process.alive]
+    if len(there) < 2:
+      return False
+    for index in there:
+      self.kill_worker(index, seconds, "workers_killed")
+    return True
+
+  def say_twice(self, number: int, count: int) -> bool:
+    """The next messages to and from a worker are sent twice in a row."""
+    process = self._present.get(number % max(1, self.shared.num_workers))
+    if not self.alive or process is None or not process.alive:
+      return False
+    process.up.twice = process.down.twice = count
     return True
 
   def delay_worker(self, number: int, seconds: float) -> bool:
@@ -223,12 +255,10 @@ class Life:
           f"rollout {message.rollout_id} {message.error or message.reward} "
           f"v{message.oldest_version}-{message.newest_version}",
         )
-      case messages.Dispatch(purpose="train"):
-        ledger.posted += 1
+      case messages.Dispatch():
+        ledger.dispatched(message)
       case messages.Servers():
-        self.newest_told = ledger.told(
-          self.newest_told, message, self._lab.sound_servers(self.newest_told)
-        )
+        ledger.told(message)
         self.note("orchestrator", f"servers {dict(message.versions)}")
       case messages.WriteBatch():
         self.note("orchestrator", f"asks for step {message.step}, attempt {message.attempt}")
@@ -252,8 +282,10 @@ class Process:
     self.ended = asyncio.Event()
     self.connection = network.Connection(lab.network)
     rng = lab.network.rng
-    self.up = network.Stream(self._from_worker, rng)
-    self.down = network.Stream(self._to_worker, rng)
+    self.has: set[int] = set()
+    """Rollouts that it was sent and that nobody has let go of."""
+    self.up = network.Stream(self._from_worker, rng, lab.felt)
+    self.down = network.Stream(self._to_worker, rng, lab.felt)
     self._worker = life.make_process_worker(self, self._send)
     self.name = self._worker.name
     self._closing: asyncio.Task[None] | None = None
@@ -263,6 +295,10 @@ class Process:
   def post(self, message: messages.ToWorker) -> None:
     """See Link."""
     if self._life.alive:
+      if isinstance(message, messages.Dispatch):
+        self.has.add(message.rollout_id)
+      elif isinstance(message, messages.Forget | messages.Cancel):
+        self.has.difference_update(message.rollout_ids)
       self._life.spy(message)
       self.down.send(messages.encode(message))
 

@@ -29,6 +29,12 @@ class World:
     train_seconds: of a step.
     checkpoint_every: steps between the trainer's checkpoints.
     operator_restarts: how often somebody starts the run again that ended with a reason.
+    sync_transport: `disk` or `tensor`.
+    bucket_bytes: of `tensor`.
+    routed_experts: whether they are asked for (`replay_routed_experts`).
+    weights_lag: versions that servers are kept behind.
+    pools: difficulty pools: none, `easy` (what is solved is left out) or `both` (with shares).
+    turns: of a rollout at most; with three there are several branches.
   """
 
   steps: int
@@ -48,6 +54,12 @@ class World:
   train_seconds: float
   checkpoint_every: int
   operator_restarts: int
+  sync_transport: str
+  bucket_bytes: int
+  routed_experts: bool
+  weights_lag: int
+  pools: str
+  turns: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +105,12 @@ KINDS = {
   "load_wrong": 1.5,
   "answers_lost": 2.0,
   "worker_killed": 3.0,
+  "workers_killed": 1.0,
   "worker_late": 1.0,
+  "worker_twice": 1.0,
   "trainer_stalled": 1.0,
   "trainer_killed": 2.0,
+  "checkpoint_lost": 1.0,
   "orchestrator_killed": 3.0,
   "disk_full": 1.0,
   "disk_slow": 1.0,
@@ -119,11 +134,12 @@ def draw(seed: int) -> Schedule:
   """The schedule of a seed; the same in every process."""
   rng = random.Random(truth.draw(seed, "schedule"))
   rollouts = rng.choice((2, 2, 3))
+  off_policy = rng.choice((0, 1, 1, 2, 4))
   world = World(
     steps=rng.choice((3, 4, 5)),
     prompts_per_step=rng.choice((1, 2, 2)),
     rollouts_per_prompt=rollouts,
-    max_off_policy_steps=rng.choice((0, 1, 1, 2, 4)),
+    max_off_policy_steps=off_policy,
     groups_in_flight=rng.choice((2, 3, 4, 6)),
     staleness_rule=rng.choice(("drop", "mask")),
     deterministic=rng.random() < 0.3,
@@ -131,28 +147,36 @@ def draw(seed: int) -> Schedule:
     num_servers=rng.choice((1, 2, 2, 3)),
     num_workers=rng.choice((0, 1, 2, 2)),
     stages=rng.random() < 0.5,
-    evaluation_tasks=rng.choice((0, 0, 1)),
+    evaluation_tasks=rng.choice((0, 0, 1, 2)),
     server_room=rng.choice((2, 4, 16)),
     failing=rng.choice((0.0, 0.1, 0.3)),
     train_seconds=rng.choice((0.2, 1.0, 4.0)),
     checkpoint_every=rng.choice((1, 2, 3)),
     operator_restarts=rng.choice((0, 4, 4, 4)),
+    sync_transport=rng.choice(("disk", "tensor")),
+    bucket_bytes=rng.choice((4, 8, 1 << 20)),
+    routed_experts=rng.random() < 0.4,
+    weights_lag=rng.randrange(off_policy + 1) if rng.random() < 0.3 else 0,
+    pools=rng.choice(("", "", "easy", "both")),
+    turns=rng.choice((1, 2, 2, 4)),
   )
   length = 6.0 + world.steps * (world.train_seconds + 4.0)
-  faults = [_fault(rng, length) for _ in range(rng.choice((0, 1, 2, 3, 4, 6)))]
+  faults = [_fault(rng, length, world) for _ in range(rng.choice((0, 1, 2, 3, 4, 6)))]
   return Schedule(seed, world, sorted(faults, key=lambda fault: fault.at))
 
 
-def _fault(rng: random.Random, length: float) -> Fault:
+def _fault(rng: random.Random, length: float, world: World) -> Fault:
   kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
   detail = ""
   if kind == "server_garbage":
-    detail = rng.choice(servers.GARBAGE)
+    experts = servers.EXPERTS_GARBAGE if world.routed_experts else ()
+    detail = rng.choice((*servers.GARBAGE, *experts))
   elif kind == "orchestrator_killed" and rng.random() < 0.6:
     detail = f"{rng.choice(POINTS)} {rng.randrange(1, 5)}"
   elif kind == "server_restarted_stale":
-    detail = rng.choice(("0", "0", "default", "1", "40"))
-  elif kind == "answers_lost":
+    plain = (f"0 {servers.PLAIN}",) if world.routed_experts else ()
+    detail = rng.choice(("0", "0", "default", "1", "40", *plain))
+  elif kind in ("answers_lost", "worker_twice"):
     detail = str(rng.randrange(1, 6))
   return Fault(
     at=rng.random() * length,

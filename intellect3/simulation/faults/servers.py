@@ -6,6 +6,7 @@ scheduler, and stamps each token with the version it believes to have. `truth` i
 """
 
 import asyncio
+import base64
 import dataclasses
 import pathlib
 import random
@@ -13,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from intellect3.simulation.faults import truth
+from intellect3.simulation.faults.held import Held
 
 GARBAGE = (
   "not_json",
@@ -29,6 +32,10 @@ GARBAGE = (
   "400",
 )
 """What a server may answer to `/generate` instead of an answer."""
+EXPERTS_GARBAGE = ("no_experts", "short_experts")
+"""The same, where experts are asked for."""
+PLAIN = "plain"
+"""A server that was started without what makes it tell experts."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,20 +69,24 @@ class Server:
     room: int,
     load_seconds: float,
     stages: bool,
+    tells_experts: bool,
     note: Callable[[str, str], None],
+    felt: Callable[[str], None],
   ) -> None:
     """Args: rng: of its faults. rate: tokens a second of each request. room: requests at most.
-    load_seconds: of a version. stages: whether a load that fails leaves the old weights (our
-    engine), or a mixture (SGLang). note: tells the trace."""
+    load_seconds: of a version. stages: see `Held`. tells_experts: where they are asked for. note:
+    tells the trace. felt: is told of each fault that somebody felt."""
     self.url = url
     self._rng, self._rate, self._room = rng, rate, room
     self._load_seconds, self._stages, self._note = load_seconds, stages, note
+    self._tells_experts, self._felt = tells_experts, felt
     self.alive = True
-    self.truth = 0
-    self.label = "0"
+    self.ended_by = ""
+    self.held = Held(stages, "0", 0)
+    self.plain = False
+    self._stale = False
     self.slow = 1.0
     self.garbage: list[str] = []
-    self.next_load = ""
     self._paused = False
     self._busy = False
     self._hung: asyncio.Future[None] | None = None
@@ -86,9 +97,11 @@ class Server:
 
   # What happens to it.
 
-  def die(self) -> None:
-    """Its process ends; who waits for an answer gets none."""
-    self.alive = False
+  def die(self, why: str = "") -> None:
+    """Its process ends, by a fault perhaps; who waits for an answer gets none."""
+    self.alive, self.ended_by = False, why
+    if why and self.calls:
+      self._felt(why)
     for request in self._running:
       if request.timer is not None:
         request.timer.cancel()
@@ -99,13 +112,15 @@ class Server:
       self._hung.set_result(None)
     self._hung = None
 
-  def start(self, label: str, weights: int) -> None:
-    """A new process takes its address."""
-    self.alive, self.label, self.truth, self.slow = True, label, weights, 1.0
+  def start(self, label: str, weights: int, how: str = "") -> None:
+    """A new process takes its address; `how` may be `PLAIN`."""
+    self.alive, self.slow = True, 1.0
+    self.held, self.plain = Held(self._stages, label, weights), how == PLAIN
     self._paused = self._busy = False
     self._scheduler = asyncio.Lock()
     self._scores = {}
-    self.garbage, self.next_load = [], ""
+    self.garbage = []
+    self._stale = self.ended_by == "server_restarted_stale"
 
   def hang(self, seconds: float) -> None:
     """It does nothing for a while; calls that come meanwhile are done afterwards, in any order."""
@@ -132,20 +147,22 @@ class Server:
   async def handle(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
     """One call, whoever still waits for its answer."""
     while self._hung is not None:
+      self._felt("server_hung")
       await asyncio.shield(self._hung)
       await asyncio.sleep(self._rng.random() * 0.01)  # which of those that waited comes first
     if path == "/generate":
       return await self._generate(body)
+    if self._stale:
+      self._felt("server_restarted_stale")
     if path == "/model_info":
-      return 200, _json({"model_path": "m", "weight_version": self.label})
+      return 200, _json({"model_path": "m", "weight_version": self.held.label})
     if path == "/server_info":
       state = {"running_requests": len(self._running), "waiting_requests": 0}
-      return 200, _json({"internal_states": [state]})
+      tells = self._tells_experts and not self.plain
+      return 200, _json({"internal_states": [state], "enable_return_routed_experts": tells})
     if path == "/abort_request":
       self._abort(None if body.get("abort_all") else body["rid"])
       return 200, b""
-    if path == "/end_weight_update":
-      return 400, _json({"error": {"message": "no update is open"}})
     async with self._scheduler:
       while self._hung is not None:
         await asyncio.shield(self._hung)
@@ -156,35 +173,43 @@ class Server:
       elif path == "/continue_generation":
         self._paused = False
         self._go_on()
-      elif path == "/update_weights_from_disk":
-        return await self._load(pathlib.Path(body["model_path"]), body["weight_version"])
       else:
-        return 404, b"{}"
+        return await self._change_weights(path, body)
     return 200, b"{}"
 
-  async def _load(self, directory: pathlib.Path, version: str) -> tuple[int, bytes]:
+  async def _change_weights(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
+    """Changes the weights while it decodes nothing; what a fault made of it is told as felt."""
+    held, how = self.held, self.held.next_load
+    whole = path == "/update_weights_from_disk"
+    bucket = path == "/update_weights_from_tensor"
     self._settle()
     self._busy = True
     self._go_on()
-    how, self.next_load = self.next_load, ""
     try:
-      await asyncio.sleep(self._load_seconds * self.slow)
-      if how == "fails":
-        raise ValueError("a shard could not be read")
-      loaded = truth.load(directory)
+      await asyncio.sleep(self._load_seconds * self.slow * (1.0 if whole else 0.4 * bucket))
+      if whole:
+        held.load(pathlib.Path(body["model_path"]), body["weight_version"])
+      elif path == "/begin_weight_update":
+        held.begin()
+      elif bucket:
+        held.bucket(body["serialized_named_tensors"], body["weight_version"])
+      elif path == "/end_weight_update":
+        held.end(abort=body.get("abort", False))
+      else:
+        return 404, b"{}"
     except (OSError, ValueError) as error:
-      if not self._stages:
-        self.truth = truth.MIXED
-      self._note(self.url, f"load of {version} fails")
+      if whole or bucket:
+        self._note(self.url, f"load of {body['weight_version']} fails")
       return 400, _json({"success": False, "message": str(error)})
     finally:
+      if how and not held.next_load:
+        self._felt(f"load_{how}")
       self._busy = False
+      self._settle()
       self._go_on()
-    self._settle()
-    self.truth = truth.MIXED if how == "wrong" else loaded
-    self.label = version
-    self._note(self.url, f"has {version}" + (", wrongly" if how == "wrong" else ""))
-    self._go_on()
+    if whole or (path == "/end_weight_update" and not body.get("abort")):
+      self._stale = False
+      self._note(self.url, f"has {held.label}" + (", wrongly" if how == "wrong" else ""))
     return 200, _json({"success": True, "message": ""})
 
   # Generation.
@@ -192,6 +217,8 @@ class Server:
   async def _generate(self, body: Mapping[str, Any]) -> tuple[int, bytes]:
     scored = body.get("logprob_start_len", -1) >= 0
     garbage = self.garbage.pop(0) if self.garbage and not scored else ""
+    if garbage:
+      self._felt("server_garbage")
     if garbage in ("500", "503", "400"):
       return int(garbage), _json({"error": {"message": "no"}})
     if len(self._running) >= self._room:
@@ -215,11 +242,18 @@ class Server:
     scores: list[Any] = []
     if scored:
       key = f"{body.get('extra_key')}"
-      fresh = [float(x) for x in truth.logprobs(self.truth, prompt)]
+      fresh = [float(x) for x in truth.logprobs(self.held.truth, prompt)]
       scores = self._scores.setdefault(key, fresh)
-    return 200, self._reply(request, finish, scores, garbage)
+    return 200, self._reply(request, finish, scores, garbage, body)
 
-  def _reply(self, request: _Running, finish: str, scores: Sequence[float], garbage: str) -> bytes:
+  def _reply(
+    self,
+    request: _Running,
+    finish: str,
+    scores: Sequence[float],
+    garbage: str,
+    body: Mapping[str, Any],
+  ) -> bytes:
     made = request.made
     tokens = list(request.coming[:made])
     rows: list[tuple[float | None, int, None]] = [
@@ -234,7 +268,7 @@ class Server:
       "prompt_tokens": len(request.prompt),
       "completion_tokens": made,
       "cached_tokens": 0,
-      "weight_version": self.label,
+      "weight_version": self.held.label,
       "weight_versions": spans,
       "output_token_logprobs": rows,
       "input_token_logprobs": [
@@ -242,6 +276,9 @@ class Server:
         for place, (value, token) in enumerate(zip(scores, request.prompt, strict=bool(scores)))
       ],
     }
+    if body.get("return_routed_experts") and not self.plain and garbage != "no_experts":
+      known = body["routed_experts_start_len"] + (garbage == "short_experts")
+      meta["routed_experts"] = _experts([*request.prompt, *tokens][:-1], known)
     if garbage == "short_logprobs":
       meta["output_token_logprobs"] = rows[:-1]
     elif garbage == "other_id":
@@ -294,13 +331,13 @@ class Server:
     start, place = request.made, len(request.prompt) + request.made
     before = request.coming[start - 1] if start else request.prompt[-1]
     for token in request.coming[start : start + count]:
-      request.logprobs.append(truth.logprob(self.truth, before, token, place))
+      request.logprobs.append(truth.logprob(self.held.truth, before, token, place))
       before, place = token, place + 1
     if request.made > start:
-      if request.spans and request.spans[-1][0] == self.label:
+      if request.spans and request.spans[-1][0] == self.held.label:
         request.spans[-1][2] = request.made
       else:
-        request.spans.append([self.label, start, request.made])
+        request.spans.append([self.held.label, start, request.made])
 
   def _schedule(self, request: _Running) -> None:
     if request.timer is not None:
@@ -308,6 +345,8 @@ class Server:
     if not self._decodes:
       request.timer = None
       return
+    if self.slow > 1.0:
+      self._felt("server_slow")
     loop = asyncio.get_running_loop()
     left = (len(request.coming) - request.made) * self.slow / self._rate
     request.timer = loop.call_at(request.since + left, self._due, request)
@@ -322,6 +361,14 @@ class Server:
     for request in self._running:
       request.since = now
       self._schedule(request)
+
+
+def _experts(tokens: Sequence[int], known: int) -> str:
+  """The experts of the tokens from `known` on, as a reply tells them."""
+  shape = (len(tokens), truth.ROUTER.num_layers, truth.ROUTER.num_experts_per_token)
+  whole_TLA = np.zeros(shape, "<i4")
+  whole_TLA[:, truth.ROUTER.num_dense_layers :] = truth.experts(tokens)
+  return base64.b64encode(whole_TLA[known:].tobytes()).decode("ascii")
 
 
 def _json(value: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 A logprob is a function of the weights' number, the token, the one before and its place. So whoever
 reads a batch can tell of each token whether the weights stamped on it made it, and whether a token
-was lost, doubled or moved on its way.
+was lost, doubled or moved on its way; of experts, which token and place they are of.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from intellect3 import types
 from intellect3.rendering import bytes as byte_format
 from intellect3.weights import manifest as manifests
 
@@ -24,6 +25,10 @@ LONG = ord("l")
 """Where the first message begins with it, turns are as long as they may be."""
 MIXED = 10_000
 """Number of weights that no trainer made: a load that broke off, or a wrong file."""
+TENSORS = ("embedding", "layer", "head")
+"""Each holds the number of its version."""
+ROUTER = types.RouterShape(num_layers=3, num_dense_layers=1, num_experts=8, num_experts_per_token=2)
+"""Of the simulated model, where a run asks for its experts."""
 
 
 def logprobs(version: np.ndarray | int, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -57,19 +62,31 @@ def continuation(seed: int, prompt: Sequence[int], most: int) -> tuple[list[int]
   return tokens, False
 
 
+def experts(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+  """uint8[T, MoE layers, A]: the experts of T tokens from a sequence's start; see `ROUTER`."""
+  ids = np.asarray(tokens, np.int64)
+  first_TL = (ids * 31 + np.arange(len(ids)) * 7)[:, None] + np.arange(ROUTER.num_moe_layers)
+  second_TL = first_TL + 1 + (ids % (ROUTER.num_experts - 1))[:, None]
+  return (np.stack([first_TL, second_TL], axis=-1) % ROUTER.num_experts).astype(np.uint8)
+
+
 def publish(weights_dir: pathlib.Path, version: int, keep: int) -> None:
   """Publishes weights as the trainer does: a directory that appears by one rename."""
   target = manifests.version_directory(weights_dir, version)
   aside = weights_dir / f".aside_{version}"
   aside.mkdir(parents=True, exist_ok=True)
   data = struct.pack("<f", float(version))
-  header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-  content = struct.pack("<Q", len(header)) + header + data
+  entries = {
+    name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * place, 4 * place + 4]}
+    for place, name in enumerate(TENSORS)
+  }
+  header = json.dumps(entries).encode()
+  content = struct.pack("<Q", len(header)) + header + data * len(TENSORS)
   (aside / "model.safetensors").write_bytes(content)
   manifest = manifests.WeightsManifest(
     version=version,
     files=[manifests.WeightsFile(file="model.safetensors", bytes=len(content))],
-    fingerprints={"w": zlib.crc32(data)},
+    fingerprints=dict.fromkeys(TENSORS, zlib.crc32(data)),
     dtype="F32",
     canary_ids=list(CANARY),
     canary_logprobs=[0.0, *(float(x) for x in logprobs(version, CANARY)[1:])],
@@ -84,12 +101,14 @@ def publish(weights_dir: pathlib.Path, version: int, keep: int) -> None:
     gone.rmdir()
 
 
-def load(directory: pathlib.Path) -> int:
-  """The number of the weights in a directory; raises OSError or ValueError where there are none."""
+def load(directory: pathlib.Path) -> dict[str, int]:
+  """The number of the weights in a directory, by tensor; raises OSError or ValueError where there
+  are none."""
   content = (directory / "model.safetensors").read_bytes()
-  if len(content) < 12:
-    raise ValueError(f"{directory.name}: the file ends inside the tensor")
-  return int(struct.unpack("<f", content[-4:])[0])
+  values = struct.unpack(f"<{len(TENSORS)}f", content[-4 * len(TENSORS) :])
+  if len(content) < 8 or len(content) != 8 + len(values) * 4 + struct.unpack("<Q", content[:8])[0]:
+    raise ValueError(f"{directory.name}: the file ends inside a tensor")
+  return {name: int(value) for name, value in zip(TENSORS, values, strict=True)}
 
 
 def draw(seed: int, *parts: int | str) -> int:

@@ -1,4 +1,4 @@
-"""The parts of a simulated run that are no server: environment, disk, reporter, trainer."""
+"""What a simulated run has beside servers and trainer: environment, disk, reporter."""
 
 import asyncio
 import errno
@@ -13,32 +13,36 @@ from typing import Any
 from intellect3 import rollout_log, types
 from intellect3.environments import base
 from intellect3.rl import outside
-from intellect3.simulation.faults import contracts, truth
-from intellect3.simulation.faults.schedule import World
+from intellect3.simulation.faults import contracts
 from intellect3.weights import manifest as manifests
 
-NUM_TASKS = 40
-KEEP_WEIGHTS = 4
+HALF_A_FILE = "half a batch file that is not committed"
 
 
 @dataclass(frozen=True)
 class Chat:
-  """An environment of one or two turns with a tool between them, which fails at times.
+  """An environment of some turns with a tool between them, which fails at times.
 
   Attributes:
     failing: share of attempts that raise.
+    turns: at most so many; a rollout of three or more begins a new branch at its third.
+    tasks: of each split.
     attempted: is told of each score, under the rollout's name.
+    felt: is told that an attempt failed, and of turns.
     name: in the run's mix.
   """
 
   failing: float
+  turns: int
+  tasks: int
   attempted: Callable[[int, float], None]
+  felt: Callable[[str], None]
   name: str = "chat"
 
   def size(self, split: str) -> int:
     """See Environment."""
     del split
-    return NUM_TASKS
+    return self.tasks
 
   def task(self, split: str, index: int) -> types.Task:
     """See Environment."""
@@ -53,18 +57,24 @@ class Chat:
     key = contracts.rollout_key(conversation.random)
     fails = conversation.random.random() < self.failing
     reply = await conversation.send(task.prompt)
-    if key % 2:
-
-      async def tool() -> str:
-        await asyncio.sleep(0.1 + conversation.random.random())
-        if fails:
-          raise RuntimeError("the tool broke")
-        return "ok"
-
-      result = await conversation.effect("tool", tool)
-      reply = await conversation.send([{"role": "tool", "content": result}])
-    elif fails:
+    rounds = key % self.turns
+    if fails and not rounds:
       raise ValueError("the verifier broke")
+
+    async def tool() -> str:
+      await asyncio.sleep(0.1 + conversation.random.random())
+      if fails:
+        raise RuntimeError("the tool broke")
+      return "ok"
+
+    for number in range(rounds):
+      result = await conversation.effect("tool", tool)
+      message = {"role": "tool", "content": result}
+      # Other tools: what was said so far begins a branch of its own.
+      reply = await conversation.send([message], tools=() if number else None)
+      self.felt("rollouts of several turns")
+      if number:
+        self.felt("rollouts of several branches")
     reward = contracts.REWARDS[zlib.crc32(reply.content.encode()) % len(contracts.REWARDS)]
     self.attempted(key, reward)
     return base.Score(reward=reward)
@@ -73,11 +83,18 @@ class Chat:
 class Disk:
   """The disk that a run's processes share: the real functions, behind what disks do."""
 
-  def __init__(self, root: pathlib.Path, rng: random.Random, note: Callable[[str, str], None]):
-    """Args: root: a directory. rng: of durations. note: tells the trace."""
+  def __init__(
+    self,
+    root: pathlib.Path,
+    rng: random.Random,
+    note: Callable[[str, str], None],
+    felt: Callable[[str], None],
+  ) -> None:
+    """Args: root: a directory. rng: of durations. note: tells the trace. felt: is told of each
+    fault that somebody felt."""
     self.root = root
     self._rng = rng
-    self._note = note
+    self._note, self._felt = note, felt
     self.full = False
     self.slow = 1.0
     self.cut_next_shard = False
@@ -85,23 +102,33 @@ class Disk:
 
   async def pause(self) -> None:
     """What a write takes."""
+    if self.slow > 1.0:
+      self._felt("disk_slow")
     await asyncio.sleep(0.02 * self.slow * (0.5 + self._rng.random()))
 
   def check_room(self) -> None:
     """Raises OSError while it is full."""
     if self.full:
+      self._felt("disk_full")
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   async def write_shard(
-    self, path: pathlib.Path, records: Iterable[types.TrajectoryRecord]
+    self,
+    path: pathlib.Path,
+    records: Iterable[types.TrajectoryRecord],
+    lives: Callable[[], bool],
   ) -> types.ShardEntry:
-    """Writes a shard; a full disk holds half of it."""
+    """Writes a shard: half of it, then the rest, unless the disk is full or its writer is dead."""
     await self.pause()
     entry = rollout_log.write_shard(path, records)
-    if self.full:
-      self._halve(path)
-    self.check_room()
+    whole = self._halve(path)
     await self.pause()
+    if self.full or not lives():
+      self._note("disk", f"{path.name} is half there")
+      self._felt(HALF_A_FILE)
+    self.check_room()
+    if lives():
+      self._restore(path, whole)
     return entry
 
   def cut_shard(self, manifest: types.Manifest) -> None:
@@ -110,18 +137,27 @@ class Disk:
       self.cut_next_shard = False
       directory = rollout_log.step_directory(self.root / "rollouts", manifest.step)
       self._halve(directory / manifest.shards[0].file)
+      self._note("disk", f"{manifest.shards[0].file} is half there")
 
   def cut_weights(self, version: int) -> None:
     """Loses the end of published weights, if that is due."""
     if self.cut_next_weights:
       self.cut_next_weights = False
+      self._felt("weights_cut")
       directory = manifests.version_directory(self.root / "weights", version)
       self._halve(directory / "model.safetensors")
+      self._note("disk", f"v{version} is half there")
 
-  def _halve(self, path: pathlib.Path) -> None:
+  @staticmethod
+  def _halve(path: pathlib.Path) -> bytes:
+    """Leaves the first half of a file; returns all that it was."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    self._note("disk", f"{path.name} is half there")
+    return content
+
+  @staticmethod
+  def _restore(path: pathlib.Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 class Log:
@@ -210,75 +246,3 @@ class Reporter:
 
   def close(self) -> None:
     """See Reporter."""
-
-
-class Trainer:
-  """Reads batches as the trainer does, publishes versions, keeps checkpoints."""
-
-  def __init__(
-    self,
-    world: World,
-    disk: Disk,
-    ledger: contracts.Ledger,
-    *,
-    tell: Callable[[int], None],
-    note: Callable[[str, str], None],
-  ) -> None:
-    """Args: world: see there. disk: see there. ledger: judges batches. tell: of a published
-    version. note: tells the trace."""
-    self._world, self._disk, self._ledger = world, disk, ledger
-    self._tell, self._note = tell, note
-    self._batch = asyncio.Event()
-    self._stalled_until = 0.0
-    self._checkpoint = 0
-    self.steps_read: set[int] = set()
-
-  def stall(self, seconds: float) -> None:
-    """It does nothing more for a while."""
-    self._stalled_until = asyncio.get_running_loop().time() + seconds
-
-  def batch_committed(self, step: int) -> None:
-    """It is told of a batch."""
-    del step
-    self._batch.set()
-
-  async def run(self) -> None:
-    """Trains from the last checkpoint on; raises ValueError for a batch that is damaged."""
-    if self._checkpoint == 0:
-      self._publish(0)
-    for step in range(self._checkpoint + 1, self._world.steps + 1):
-      manifest = await self._wait_for(step)
-      count = sum(len(entry.lengths) for entry in manifest.shards)
-      records = rollout_log.read_records(self._disk.root / "rollouts", manifest, range(count))
-      self._ledger.read(manifest, list(records.values()))
-      self.steps_read.add(step)
-      self._note("trainer", f"reads step {step}: {count} records")
-      await asyncio.sleep(self._world.train_seconds)
-      await asyncio.sleep(max(0.0, self._stalled_until - asyncio.get_running_loop().time()))
-      self._publish(step)
-      if step % self._world.checkpoint_every == 0 or step == self._world.steps:
-        self._checkpoint = step
-
-  def _publish(self, version: int) -> None:
-    weights_dir = self._disk.root / "weights"
-    newest = manifests.latest(weights_dir)
-    if newest is not None and version <= newest:
-      return
-    keep = max(KEEP_WEIGHTS, self._world.max_off_policy_steps + 2)
-    truth.publish(weights_dir, version, keep)
-    self._ledger.published(version)
-    self._note("trainer", f"publishes v{version}")
-    self._disk.cut_weights(version)
-    self._tell(version)
-
-  async def _wait_for(self, step: int) -> types.Manifest:
-    while True:
-      manifest = rollout_log.read_manifest(self._disk.root / "rollouts", step)
-      if manifest is not None:
-        return manifest
-      self._batch.clear()
-      try:
-        async with asyncio.timeout(2.0):
-          await self._batch.wait()
-      except TimeoutError:
-        pass
