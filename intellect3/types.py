@@ -106,6 +106,23 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
   routed_experts: np.ndarray | None = None
 
 
+def joined(pieces: Sequence[Generation], finish_reason: str, reprefilled_tokens: int) -> Generation:
+  """Pieces of one generation, at least one and in order, as one."""
+  made = [piece for piece in pieces if piece.tokens.size] or pieces[-1:]
+  servers = dict.fromkeys(url for piece in made for url in piece.servers or (piece.server,))
+  experts = [piece.routed_experts for piece in pieces if piece.routed_experts is not None]
+  return Generation(
+    tokens=np.concatenate([piece.tokens for piece in pieces]),
+    inference_logprobs=np.concatenate([piece.inference_logprobs for piece in pieces]),
+    policy_versions=np.concatenate([piece.policy_versions for piece in pieces]),
+    finish_reason=finish_reason,
+    server=made[-1].server,
+    servers=tuple(servers),
+    reprefilled_tokens=reprefilled_tokens,
+    routed_experts=np.concatenate(experts) if experts else None,
+  )
+
+
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
   """One flat token branch of a rollout (contract 1).
 

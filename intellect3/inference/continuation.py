@@ -7,10 +7,8 @@ weights; each token keeps the logprob and the version that it was sampled with.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from intellect3.inference.protocol import GenerateRequest, SamplingParams
-from intellect3.types import Generation, RouterShape
+from intellect3.types import Generation, RouterShape, joined
 
 
 @dataclass
@@ -77,19 +75,7 @@ class Progress:
 
   def whole(self, finish_reason: str) -> Generation:
     """The pieces as one Generation, in order."""
-    made = [piece for piece in self.pieces if piece.tokens.size] or self.pieces[-1:]
-    servers = dict.fromkeys(url for piece in made for url in piece.servers or (piece.server,))
-    experts = [piece.routed_experts for piece in self.pieces if piece.routed_experts is not None]
-    return Generation(
-      tokens=np.concatenate([piece.tokens for piece in self.pieces]),
-      inference_logprobs=np.concatenate([piece.inference_logprobs for piece in self.pieces]),
-      policy_versions=np.concatenate([piece.policy_versions for piece in self.pieces]),
-      finish_reason=finish_reason,
-      server=made[-1].server,
-      servers=tuple(servers),
-      reprefilled_tokens=self.reprefilled,
-      routed_experts=np.concatenate(experts) if experts else None,
-    )
+    return joined(self.pieces, finish_reason, self.reprefilled)
 
 
 def continued_seed(seed: int, tokens: int) -> int:

@@ -103,6 +103,7 @@ async def conduct(parts: Parts, outside: Outside, make_door: MakeDoor) -> None:
         commit=outside.log.commit,
         batch_committed=lambda step: closing[0](step),
         dispatched=outside.log.dispatched,
+        distrusted=outside.log.distrusted,
         report=outside.reporter.step,
         report_evaluation=outside.reporter.evaluation,
         server_metrics=lambda: hands[0].metrics(),
@@ -116,6 +117,7 @@ async def conduct(parts: Parts, outside: Outside, make_door: MakeDoor) -> None:
       evaluation_tasks=settings.evaluation_tasks,
       scheduler_state=left.scheduler_state,
       dispatched=left.dispatched,
+      distrusted=left.distrusted,
     )
     door = make_door(orchestrator, lambda version: published.set())
     closing.append(door.batch_committed)
@@ -138,6 +140,7 @@ async def conduct(parts: Parts, outside: Outside, make_door: MakeDoor) -> None:
       if shared.num_workers == 0:
         local = link.InProcessLink(orchestrator, parts.make_worker)
       await orchestrator.run()
+      outside.log.complete()
     finally:
       if local is not None:
         await local.close()

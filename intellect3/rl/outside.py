@@ -6,6 +6,7 @@ brings its own. Behind these the wiring of `rl.conducting` is the same.
 
 import asyncio
 import dataclasses
+import json
 import logging
 import pathlib
 import secrets
@@ -17,6 +18,7 @@ from intellect3 import rollout_log, summary, telemetry, types
 from intellect3.inference import transport
 from intellect3.rl.roles import Shared
 from intellect3.rl.servers import ServerList
+from intellect3.rollouts import journal
 from intellect3.weights import manifest as manifests
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,12 @@ class Log(Protocol):
   def dispatched(self, total: int) -> None:
     """Keeps how many rollouts were dispatched in all."""
 
+  def distrusted(self, url: str, version: int) -> None:
+    """Keeps that what a server made with this version or a newer one is not to be trusted."""
+
+  def complete(self) -> None:
+    """The run is: nobody will go on with a rollout that did not end."""
+
 
 class Reporter(Protocol):
   """Who is told how the run goes."""
@@ -81,11 +89,13 @@ class Left:
     step: the last that was committed; 0 for none.
     scheduler_state: of its manifest.
     dispatched: rollouts dispatched in all.
+    distrusted: (url, oldest version) of servers whose rollouts are not to be trusted.
   """
 
   step: int = 0
   scheduler_state: Mapping[str, Any] | None = None
   dispatched: int = 0
+  distrusted: Sequence[tuple[str, int]] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +137,7 @@ def of_run(shared: Shared) -> Outside:
   return Outside(
     http=transport.HttpTransport(),
     weights=WeightsOnDisk(shared.weights_dir),
-    log=LogOnDisk(shared.log_dir),
+    log=LogOnDisk(shared.log_dir, shared.journal_dir),
     servers=ServerList(shared.run_dir, shared.server_urls, shared.orchestrator_url),
     reporter=Files(shared.run_dir),
     nonce=nonce,
@@ -160,21 +170,31 @@ class WeightsOnDisk:
 class LogOnDisk:
   """Implements `Log` over a directory."""
 
-  def __init__(self, log_dir: pathlib.Path) -> None:
+  def __init__(self, log_dir: pathlib.Path, journal_dir: pathlib.Path) -> None:
     self._root = log_dir
     self._dispatched = log_dir / "dispatched"
+    self._distrusted = log_dir / "distrusted.jsonl"
+    self._journal_dir = journal_dir
 
   def left(self) -> Left:
     """See Log."""
     total = int(self._dispatched.read_text() or 0) if self._dispatched.exists() else 0
     for name in rollout_log.remove_uncommitted(self._root):
       logger.warning("removed %s: it was never committed", name)
+    left = Left(dispatched=total, distrusted=self._read_distrusted())
     committed = rollout_log.committed_steps(self._root)
     if not committed:
-      return Left(dispatched=total)
+      return left
     manifest = rollout_log.read_manifest(self._root, committed[-1])
     assert manifest is not None
-    return Left(step=manifest.step, scheduler_state=manifest.scheduler_state, dispatched=total)
+    return dataclasses.replace(left, step=manifest.step, scheduler_state=manifest.scheduler_state)
+
+  def _read_distrusted(self) -> list[tuple[str, int]]:
+    if not self._distrusted.exists():
+      return []
+    lines = self._distrusted.read_text().splitlines(keepends=True)
+    pairs = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut
+    return [(url, version) for url, version in pairs]
 
   async def commit(self, manifest: types.Manifest) -> None:
     """See Log."""
@@ -190,6 +210,16 @@ class LogOnDisk:
     temporary = self._dispatched.with_suffix(".tmp")
     temporary.write_text(str(total))
     temporary.rename(self._dispatched)
+
+  def distrusted(self, url: str, version: int) -> None:
+    """See Log."""
+    self._distrusted.parent.mkdir(parents=True, exist_ok=True)
+    with self._distrusted.open("a") as file:
+      file.write(f"{json.dumps([url, version])}\n")
+
+  def complete(self) -> None:
+    """See Log."""
+    journal.clear(self._journal_dir)
 
 
 class Files:

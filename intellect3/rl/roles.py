@@ -65,6 +65,11 @@ class Shared:
     return self.run_dir / "rollouts"
 
   @property
+  def journal_dir(self) -> pathlib.Path:
+    """The journals of unfinished rollouts."""
+    return self.run_dir / "journal"
+
+  @property
   def weights_dir(self) -> pathlib.Path:
     """The published weights."""
     return self.run_dir / "weights"

@@ -4,15 +4,16 @@
 (`num_workers` 0), the worker role in one of its own.
 """
 
+import asyncio
 import logging
 import pathlib
 from collections.abc import Callable, Iterable
 
 from intellect3 import types
 from intellect3.inference import client, transport
-from intellect3.rl import checks
+from intellect3.rl import checks, outside
 from intellect3.rl.roles import Shared
-from intellect3.rollouts import conversation, messages
+from intellect3.rollouts import conversation, journal, messages
 from intellect3.rollouts import token_weights as token_weights_lib
 from intellect3.rollouts import worker as worker_lib
 
@@ -34,7 +35,10 @@ def worker(
   grace_seconds: float = 10.0,
   wait_seconds: float = 600.0,
   token_weights: token_weights_lib.TokenWeights | None = None,
+  journal_seconds: float | None = 5.0,
   make_transport: Callable[[], transport.Transport] = transport.HttpTransport,
+  nonce: Callable[[], str] = outside.nonce,
+  beside_disk: journal.Act = asyncio.to_thread,
   write_shard: worker_lib.ShardWriter = worker_lib.write_shard_in_thread,
   show_samples: bool = True,
 ) -> Callable[[Callable[[messages.FromWorker], None]], worker_lib.Worker]:
@@ -58,7 +62,11 @@ def worker(
     wait_seconds: how long a generation may wait for a server with room.
     token_weights: from a record to its tokens' weights by loss component, as
       `token_weights.echo`; None: every loss-masked token has weight 1.
+    journal_seconds: how long what a training rollout has had may wait until it is in its journal,
+      from where it goes on after a crash (contract 7); None keeps no journal.
     make_transport: how requests travel to the servers.
+    nonce: a word that no process of this run has said before.
+    beside_disk: runs a function that waits for the disk, beside the event loop.
     write_shard: how a shard of a batch gets on disk.
     show_samples: whether one rollout of each batch is written to the run's `logs`, for people.
 
@@ -78,13 +86,15 @@ def worker(
   checks.number("worker.grace_seconds", grace_seconds, 0)
   checks.number("worker.timeout_seconds", timeout_seconds, 0, above=True)
   checks.number("worker.wait_seconds", wait_seconds, 0, above=True)
+  if journal_seconds is not None:
+    checks.number("worker.journal_seconds", journal_seconds, 0)
   if token_weights is not None:
     token_weights_lib.check(token_weights, min(shared.environments))
 
   environments = ", ".join(sorted(shared.environments))
 
   def make(send: Callable[[messages.FromWorker], None]) -> worker_lib.Worker:
-    http = make_transport()
+    http, owner = make_transport(), nonce()
     pool = client.ServerPool(
       http,
       vocab_size=shared.renderer.vocab_size,
@@ -100,16 +110,27 @@ def worker(
       seed=shared.seed + index,
     )
 
-    def make_conversation(dispatch: messages.Dispatch) -> conversation.RecordedConversation:
+    def make_conversation(
+      dispatch: messages.Dispatch, kept: journal.Journal
+    ) -> conversation.RecordedConversation:
+      # A server may still hold a request of the process that had the rollout before.
+      again = f"-{owner}" if dispatch.continued else ""
       return conversation.RecordedConversation(
         shared.renderer,
         pool,
         seed=dispatch.seed,
-        rid=f"{dispatch.purpose}-{dispatch.rollout_id}",
+        rid=f"{dispatch.purpose}-{dispatch.rollout_id}{again}",
         temperature=dispatch.temperature,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         affinity=f"{dispatch.purpose}-{dispatch.group_id}",
+        journal=kept,
+      )
+
+    def make_journals(failed: Callable[[str], None]) -> journal.Store:
+      assert journal_seconds is not None
+      return journal.Store(
+        shared.journal_dir, owner=owner, seconds=journal_seconds, failed=failed, act=beside_disk
       )
 
     async def release() -> None:
@@ -130,6 +151,7 @@ def worker(
       write_shard=write_shard,
       write_sample=samples if show_samples else None,
       token_weights=token_weights,
+      make_journals=make_journals if journal_seconds is not None else None,
     )
 
   return make

@@ -67,18 +67,11 @@ class Accounting:
     """`outcome/reason` -> count."""
     return dict(sorted(self._reasons.items()))
 
-  def cancel_lost(self, dispatched: int) -> None:
-    """Counts rollouts that a process before this one dispatched and took with it: cancelled.
-
-    Args:
-      dispatched: how many had been dispatched in all; fewer than are known changes nothing.
-    """
-    lost = max(0, dispatched - self._dispatched)
-    self._dispatched += lost
-    self._ended["cancelled"] += lost
-    if lost:
-      self._reasons["cancelled/restart"] += lost
-    self.check()
+  def reopen(self, rollout_ids: Iterable[int]) -> None:
+    """Rollouts that a process before this one dispatched are in flight again, or still."""
+    new = set(rollout_ids) - self._open
+    self._open |= new
+    self._dispatched += len(new)
 
   def check(self) -> None:
     """Raises AccountingError where the identity does not hold."""
@@ -86,18 +79,15 @@ class Accounting:
       raise AccountingError(f"dispatched != ended + in_flight: {self.counts()}")
 
   def state(self) -> dict[str, Any]:
-    """JSON-able state; rollouts in flight are not part of it (a restart cancels them)."""
+    """JSON-able counts; which rollouts are in flight is for whoever `reopen`s them to know."""
     return {**self.counts(), "reasons": self.reasons()}
 
   @classmethod
   def restore(cls, state: Mapping[str, Any]) -> "Accounting":
-    """Goes on from `state`; what was in flight then was lost with the process: cancelled."""
+    """Goes on from `state`, but for what was in flight."""
     accounting = cls()
-    accounting._dispatched = state["dispatched"]
+    accounting._dispatched = state["dispatched"] - state["in_flight"]
     accounting._ended.update({outcome: state[outcome] for outcome in OUTCOMES})
     accounting._reasons.update(state["reasons"])
-    if state["in_flight"]:
-      accounting._ended["cancelled"] += state["in_flight"]
-      accounting._reasons["cancelled/restart"] += state["in_flight"]
     accounting.check()
     return accounting

@@ -13,10 +13,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
 from intellect3.environments.base import ConversationFull, Reply
 from intellect3.rendering.base import Renderer
+from intellect3.rollouts import journal as journal_lib
 from intellect3.types import NOT_SAMPLED, Generation, Message, Trajectory
 
 T = TypeVar("T")
@@ -37,6 +39,8 @@ class Pool(Protocol):
     affinity: str | None = None,
     prefer: str | None = None,
     known_tokens: int = 0,
+    so_far: Generation | None = None,
+    progress: Callable[[Generation], None] | None = None,
   ) -> Generation: ...
 
 
@@ -97,6 +101,7 @@ class RecordedConversation:
     max_tokens: int,
     affinity: str | None = None,
     now: Callable[[], float] | None = None,
+    journal: journal_lib.Journal | None = None,
   ):
     """Begins a conversation.
 
@@ -110,6 +115,8 @@ class RecordedConversation:
       max_tokens: context: prompt and sampled tokens of a branch together.
       affinity: name of the group whose members share the first prompt; they are sent to one server.
       now: seconds; None for the running event loop's clock.
+      journal: what the rollout had in other processes, and what keeps what it gets (contract 7);
+        None keeps nothing.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("max_tokens", max_tokens)):
       if value < 1:
@@ -125,6 +132,7 @@ class RecordedConversation:
     self._max_tokens = max_tokens
     self._affinity = affinity
     self._now = now
+    self._journal = journal or journal_lib.Journal()
     self._random = random.Random(derive_seed(seed, "random"))
     self._messages: list[Message] = []
     self._tools: Sequence[Mapping[str, Any]] | None = None
@@ -149,8 +157,8 @@ class RecordedConversation:
     return tuple(self._messages)
 
   def now(self) -> float:
-    """Seconds on the injected clock."""
-    return self._now() if self._now is not None else asyncio.get_running_loop().time()
+    """Seconds on the injected clock; after a crash it goes on where it was."""
+    return self._journal.now(self._now or asyncio.get_running_loop().time)
 
   def servers(self) -> tuple[str, ...]:
     """Servers that sampled any of it."""
@@ -190,12 +198,28 @@ class RecordedConversation:
       self._busy = False
 
   async def effect(self, name: str, fn: Callable[[], Awaitable[T]]) -> T:
-    """Runs an outside effect and records its result in `effects`; failures are not recorded."""
+    """Runs an outside effect, or gives what it gave before a crash; failures are not recorded.
+
+    The result passes through MessagePack, so that it is the same now as when it is read again: a
+    tuple comes back as a list.
+
+    Raises:
+      TypeError: the result is not plain data.
+      Whatever `fn` raises.
+    """
     number = self._effect_counts.get(name, 0)
     self._effect_counts[name] = number + 1
-    result = await fn()
-    self.effects.append(Effect(path=f"{name}#{number}", result=result))
-    return result
+    path = f"{name}#{number}"
+    kept = self._journal.effect(path)
+    if kept is None:
+      result = await fn()
+      try:
+        kept = msgspec.msgpack.encode(result)
+      except (TypeError, OverflowError) as error:
+        raise TypeError(f"effect {path}: expected plain data as its result: {error}") from error
+      await self._journal.keep_effect(path, kept)
+    self.effects.append(Effect(path=path, result=msgspec.msgpack.decode(kept)))
+    return self.effects[-1].result
 
   async def _turn(
     self,
@@ -213,18 +237,23 @@ class RecordedConversation:
       raise ConversationFull(
         f"prompt of {len(prompt)} tokens, context of {self._max_tokens}: no room for a turn"
       )
-    turn = self._turns
-    generation = await self._pool.generate(
-      prompt,
-      max_new_tokens=min(max_new_tokens, self._max_new_tokens, room),
-      temperature=self._temperature,
-      stop_token_ids=self._renderer.stop_token_ids,
-      seed=derive_seed(self._seed, "turn", turn),
-      rid=f"{self._rid}-{turn}",
-      affinity=self._affinity,
-      prefer=self._home,
-      known_tokens=len(branch.tokens) - 1 if branch is not None else 0,
-    )
+    turn, journal = self._turns, self._journal
+    generation, whole = journal.turn(turn, prompt)
+    if generation is None or not whole:
+      generation = await self._pool.generate(
+        prompt,
+        max_new_tokens=min(max_new_tokens, self._max_new_tokens, room),
+        temperature=self._temperature,
+        stop_token_ids=self._renderer.stop_token_ids,
+        seed=derive_seed(self._seed, "turn", turn),
+        rid=f"{self._rid}-{turn}",
+        affinity=self._affinity,
+        prefer=self._home,
+        known_tokens=len(branch.tokens) - 1 if branch is not None else 0,
+        so_far=generation,
+        progress=lambda piece: journal.sampled(turn, prompt, piece),
+      )
+      journal.turned(turn, generation)
     # Recorded only now, so that a turn that failed leaves the conversation as it was.
     self._turns += 1
     if branch is None:

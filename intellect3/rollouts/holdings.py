@@ -10,9 +10,15 @@ from intellect3.rollouts import messages
 
 
 class Holdings:
-  """Rollouts by worker, from assignment to release."""
+  """Rollouts by worker, from assignment to release.
 
-  def __init__(self) -> None:
+  Args:
+    distrusted: (url, version) of what was distrusted before a resume.
+  """
+
+  def __init__(self, distrusted: Iterable[tuple[str, int]] = ()) -> None:
+    self._past = list(distrusted)
+    self._continued: set[int] = set()
     self._owner: dict[int, str] = {}
     self._held: dict[int, messages.RolloutSummary] = {}
     self._load: dict[str, int] = {}
@@ -35,8 +41,13 @@ class Holdings:
     self._load.pop(name, None)
     return lost
 
-  def assign(self, rollout_id: int) -> str:
-    """Gives a rollout to the worker that runs the fewest, the first of these by name."""
+  def assign(self, rollout_id: int, *, continued: bool) -> str:
+    """Gives a rollout to the worker that runs the fewest, the first of these by name.
+
+    One that is `continued` may have been made, in part, by what was distrusted in the meantime.
+    """
+    if continued:
+      self._continued.add(rollout_id)
     fewest = min(self._load.values())
     name = min(name for name, load in self._load.items() if load == fewest)
     self._owner[rollout_id] = name
@@ -59,6 +70,7 @@ class Holdings:
   def release(self, rollout_id: int) -> str | None:
     """The rollout is nobody's any more; returns whose it was."""
     self._distrusted.pop(rollout_id, None)
+    self._continued.discard(rollout_id)
     owner = self._owner.pop(rollout_id, None)
     if self._held.pop(rollout_id, None) is None and owner is not None:
       self._load[owner] -= 1
@@ -73,19 +85,23 @@ class Holdings:
         by_worker.setdefault(owner, []).append(rollout_id)
     return by_worker
 
-  def distrust(self, url: str) -> None:
+  def distrust(self, url: str, version: int) -> None:
     """What runs now may get tokens of a server whose word for its weights is not to be taken.
 
     A load that broke off may leave a mixture under the version before, and workers learn later than
-    the server generates again.
+    the server generates again. Args: version: of that load.
     """
+    self._past.append((url, version))
     for rollout_id in self._owner:
       if rollout_id not in self._held:
         self._distrusted.setdefault(rollout_id, set()).add(url)
 
   def distrusted(self, summary: messages.RolloutSummary) -> list[str]:
     """Servers that made any of it and were distrusted while it ran."""
-    servers = self._distrusted.get(summary.rollout_id, ())
+    servers = self._distrusted.get(summary.rollout_id, set())
+    if summary.rollout_id in self._continued:
+      oldest, newest = summary.oldest_version, summary.newest_version
+      servers = servers | {url for url, version in self._past if oldest <= version <= newest + 1}
     return [url for url in summary.servers if url in servers]
 
   def made_by(self, url: str, version: int) -> list[int]:

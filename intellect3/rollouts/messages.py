@@ -15,7 +15,8 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True, tag="dispatch"):
   """Start a rollout.
 
   `purpose` is `train` or `eval`; an eval rollout is scored and forgotten, never logged. `seed`
-  fixes every random choice of the rollout (contract 10).
+  fixes every random choice of the rollout (contract 10). `continued`: another process had it
+  before, and may have left a journal of it.
   """
 
   rollout_id: int
@@ -27,6 +28,7 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True, tag="dispatch"):
   seed: int
   temperature: float
   purpose: str = "train"
+  continued: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):

@@ -6,6 +6,7 @@ event loop, everything outside through `Ports`, so the same code runs under a vi
 """
 
 import asyncio
+import collections
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from intellect3.rollouts.ports import Link, Ports, RunFailed
 from intellect3.rollouts.scheduler import BatchPlan, Scheduler
 
 logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 4
+"""A rollout that so many workers were lost with is taken to be what ends them."""
 
 
 class Orchestrator:
@@ -35,6 +39,7 @@ class Orchestrator:
       version; 0 for none.
     scheduler_state: of the last manifest, on a resume.
     dispatched: rollouts dispatched before a resume, those after the last manifest included.
+    distrusted: what was said of servers before a resume: (url, oldest version).
   """
 
   def __init__(
@@ -50,25 +55,27 @@ class Orchestrator:
     evaluation_tasks: int = 0,
     scheduler_state: Mapping[str, Any] | None = None,
     dispatched: int = 0,
+    distrusted: Sequence[tuple[str, int]] = (),
   ) -> None:
     self._make_scheduler = make_scheduler
     self._ports = ports
     self._num_workers = num_workers
     self._steps = steps
-    self._seed = seed
-    self._evaluation_tasks = evaluation_tasks
     self._scheduler_state = scheduler_state
     self._dispatched = dispatched
     self._scheduler: Scheduler | None = None
     self._sizes: Mapping[str, int] = {}
     self._links: dict[str, Link] = {}
-    self._holdings = holdings.Holdings()
+    self._holdings = holdings.Holdings(distrusted)
     self._patience = {"server": server_patience_seconds, "worker": worker_patience_seconds}
     self._missing: dict[str, asyncio.TimerHandle] = {}  # what there is none of
     self._versions: Mapping[str, int] = {}  # of the servers that may be used
     self._fenced: dict[str, int] = {}
     self._news = asyncio.Event()  # of servers
-    self._evaluation: dict[int, asyncio.Future[messages.RolloutSummary]] = {}
+    self._adrift: list[messages.Dispatch] = []  # to be assigned, once there is a worker
+    self._lost_with: collections.Counter[int] = collections.Counter()  # workers, by rollout
+    self._held_out = evaluation.HeldOut(evaluation_tasks, seed)
+    self._plan: BatchPlan | None = None  # that is being committed
     self._commit_task: asyncio.Task[None] | None = None
     self._attempt = 0
     self._written: dict[str, asyncio.Future[types.ShardEntry]] = {}
@@ -98,20 +105,23 @@ class Orchestrator:
     self._pump()
 
   def disconnected(self, name: str) -> None:
-    """A worker is gone: what it ran or held has failed (contract 4)."""
+    """A worker is gone: another one goes on with what it ran or held (contract 7)."""
     if self._links.pop(name, None) is None:
       return
     lost = self._holdings.remove_worker(name)
     if not self._ending:
       logger.warning("worker %s is gone with %d rollouts", name, len(lost))
     self._note_missing("worker", self._workers_ready.is_set() and not self._links)
-    for rollout_id in lost:
-      if rollout_id in self._evaluation:
-        self._evaluation.pop(rollout_id).set_exception(RunFailed(f"worker {name} is gone"))
+    self._lost_with.update(lost)
+    self._adrift += self._held_out.of(lost)
     if name in self._written and not self._written[name].done():
       self._written[name].set_exception(RunFailed(f"worker {name} is gone"))
+    if self._plan is not None and not self._plan.advantages.keys().isdisjoint(lost):
+      self._plan = None
     if self._scheduler is not None:
-      self._guarded(self._scheduler.lost, lost, "worker lost")
+      ended = [key for key in lost if self._lost_with[key] >= MOST_WORKERS]
+      self._guarded(self._scheduler.lost, ended, "worker lost")
+      self._guarded(self._scheduler.again, [key for key in lost if key not in ended])
     self._pump()
 
   def received(self, name: str, message: messages.FromWorker) -> None:
@@ -157,19 +167,21 @@ class Orchestrator:
     if for_good:
       for link in self._links.values():
         link.post(messages.Fence(url=url, version=version, reason=reason))
+    self._guarded(self._ports.distrusted, url, version)
     poisoned = self._holdings.made_by(url, version)
     self._forget(poisoned)
     if self._scheduler is not None:
       self._guarded(self._scheduler.lost, poisoned, "server fenced")
     self._pump()
-    self._holdings.distrust(url)  # also what was sent now: its worker may not have heard yet
+    # Also what was sent now: its worker may not have heard yet.
+    self._holdings.distrust(url, version)
 
   def _finished(self, name: str, summary: messages.RolloutSummary) -> None:
     if not self._holdings.runs(name, summary.rollout_id):
       return  # cancelled meanwhile, another worker's by now, or told before
     if summary.purpose == "eval":
       self._holdings.release(summary.rollout_id)
-      self._evaluation.pop(summary.rollout_id).set_result(summary)
+      self._held_out.finished(summary)
       return
     poisoned = self._holdings.distrusted(summary) + [
       url for url in summary.servers if summary.newest_version >= self._fenced.get(url, 1 << 60)
@@ -220,12 +232,12 @@ class Orchestrator:
       if key.endswith("/train")
     }
     self._scheduler = scheduler = self._make_scheduler(train_sizes)
-    if self._scheduler_state is not None:
-      scheduler.restore(self._scheduler_state)
-    scheduler.accounting.cancel_lost(self._dispatched)
+    scheduler.restore(self._scheduler_state, self._dispatched)
+    if scheduler.next_step > self._steps:
+      scheduler.cancel_all("run complete")
     self._ports.status("loading weights into the servers", {})
     version = await self._sync(-1)
-    if self._evaluation_tasks and scheduler.version == 0:
+    if self._held_out.tasks and scheduler.version == 0:
       await self._evaluate()
     self._collecting = True
     self._window.start(asyncio.get_running_loop().time())
@@ -233,7 +245,7 @@ class Orchestrator:
     self._pump()
     while version < self._steps:
       version = await self._sync(version)
-    if self._evaluation_tasks:
+    if self._held_out.tasks:
       await self._evaluate()
     self._ports.status("done", scheduler.accounting.counts())
 
@@ -259,7 +271,12 @@ class Orchestrator:
   def _pump(self) -> None:
     """Does what the scheduler allows now: plan a batch, forget, dispatch."""
     scheduler = self._scheduler
-    if scheduler is None or not self._collecting or not self._links:
+    if scheduler is None or not self._links:
+      return
+    adrift, self._adrift = self._adrift, []
+    for dispatch in adrift:
+      self._assign(dispatch)
+    if not self._collecting:
       return
     try:
       if self._commit_task is None and not self._syncing:
@@ -282,7 +299,8 @@ class Orchestrator:
       self._fail(f"{type(error).__name__}: {error}")
 
   def _assign(self, dispatch: messages.Dispatch) -> None:
-    self._links[self._holdings.assign(dispatch.rollout_id)].post(dispatch)
+    name = self._holdings.assign(dispatch.rollout_id, continued=dispatch.continued)
+    self._links[name].post(dispatch)
 
   def _forget(
     self,
@@ -310,6 +328,7 @@ class Orchestrator:
       by_worker.setdefault(self._holdings.owner(rollout_id), []).append(item)
     loop = asyncio.get_running_loop()
     self._attempt += 1
+    self._plan = plan
     self._written = {name: loop.create_future() for name in sorted(by_worker)}
     for name, items in by_worker.items():
       self._links[name].post(
@@ -324,7 +343,8 @@ class Orchestrator:
   async def _commit(self, plan: BatchPlan) -> None:
     written = await asyncio.gather(*self._written.values(), return_exceptions=True)
     shards = [shard for shard in written if isinstance(shard, types.ShardEntry)]
-    if len(shards) < len(written):  # a worker died: its rollouts are lost, plan again
+    whole, self._plan = self._plan is plan, None
+    if not whole or len(shards) < len(written):  # its rollouts begin again: plan again
       logger.warning("the batch of step %d is planned again: a worker is gone", plan.step)
       return
     scheduler = self._scheduler
@@ -357,19 +377,13 @@ class Orchestrator:
     assert self._scheduler is not None
     version = self._scheduler.version
     self._ports.status("evaluating", {"version": version})
-    if not self._links:
-      raise RunFailed(f"no worker is there to evaluate version {version}")
-    loop = asyncio.get_running_loop()
-    futures: list[asyncio.Future[messages.RolloutSummary]] = []
-    for dispatch in evaluation.dispatches(self._sizes, self._evaluation_tasks, self._seed):
-      self._evaluation[dispatch.rollout_id] = loop.create_future()
-      futures.append(self._evaluation[dispatch.rollout_id])
-      self._assign(dispatch)
-    summaries = await asyncio.gather(*futures)
-    self._ports.report_evaluation(version, reports.evaluation(summaries))
+    self._adrift += self._held_out.begin(self._sizes)
+    self._pump()
+    scores = await self._held_out.scores()
+    self._ports.report_evaluation(version, scores)
 
   def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
-    """Lets the scheduler score groups: a function of the run's that fails there ends the run."""
+    """Lets a function of the run's, or the disk, fail there: the run ends."""
     try:
       act(*arguments)
     except Exception as error:

@@ -54,6 +54,8 @@ class Ports:
     commit: makes a manifest visible.
     batch_committed: tells whoever waits that this step's batch is there.
     dispatched: keeps how many rollouts were dispatched in all, for the accounting of a restart.
+    distrusted: keeps that what a server made with a version or a newer one is not to be trusted,
+      for rollouts that a restart goes on with.
     report: takes a metrics row of a step.
     report_evaluation: takes the scores of an evaluation of a version.
     server_metrics: what the servers counted since the last call, for the metrics row of a step.
@@ -65,6 +67,7 @@ class Ports:
   commit: Callable[[types.Manifest], Awaitable[None]]
   batch_committed: Callable[[int], None]
   dispatched: Callable[[int], None]
+  distrusted: Callable[[str, int], None]
   report: Callable[[int, Mapping[str, float]], None]
   report_evaluation: Callable[[int, Mapping[str, float]], None]
   server_metrics: Callable[[], Mapping[str, float]]

@@ -3,7 +3,7 @@
 No clock, no I/O, no task: every method is called by the orchestrator (or by a simulator, or by
 Hypothesis) and returns what should be done. The same calls in the same order give the same result.
 
-    dispatch() -> rollouts to start          finished(summary)    lost(ids, reason)
+    dispatch() -> rollouts to start          finished(summary)    lost(ids, reason)    again(ids)
     plan_batch() -> BatchPlan | None         weights(version)     commit(plan)
 
 Staleness (contract 2): a token trained in step n has staleness (n-1) - its version. A rollout is
@@ -11,8 +11,8 @@ dispatched only where, first in first out, it would be batched within `max_off_p
 comes late nevertheless is dropped or masked when its batch is planned.
 """
 
+import collections
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,19 +22,8 @@ import numpy as np
 from intellect3.rollouts import accounting as accounting_lib
 from intellect3.rollouts import credit as credit_lib
 from intellect3.rollouts import difficulty, filters, in_vain, messages
+from intellect3.rollouts import groups as groups_lib
 from intellect3.rollouts.scheduler_settings import Settings
-
-
-@dataclasses.dataclass
-class _Group:
-  group_id: int
-  environment: str
-  index: int
-  running: set[int]
-  summaries: dict[int, messages.RolloutSummary] = dataclasses.field(default_factory=dict)
-  result: filters.GroupResult | None = None
-  baselines: credit_lib.Baselines | None = None  # what it is compared with, also if scored again
-  credited: bool = False  # whether its rewards have entered the baselines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +60,9 @@ class Scheduler:
     self.next_step = 1
     self.version = -1
     self._next_group = 0
-    self._groups: dict[int, _Group] = {}  # in dispatch order
+    self._groups: dict[int, groups_lib.Group] = {}  # in dispatch order
     self._running = 0  # rollouts of all groups
+    self._again: collections.deque[list[int]] = collections.deque()  # to be started again, by group
     self._completed: dict[int, None] = {}  # groups with something to train, as they completed
     self._unchecked: dict[int, None] = {}  # of these, those not yet held against `_checked`
     self._checked: int | None = None  # the oldest version that was allowed at the last look
@@ -87,16 +77,23 @@ class Scheduler:
   # What should be started.
 
   def dispatch(self) -> list[messages.Dispatch]:
-    """The rollouts to start now, whole groups at a time."""
-    started = []
+    """The rollouts to start now, whole groups at a time; first what is to be started again."""
+    started: list[messages.Dispatch] = []
+    if self.version < 0 or self.next_step > self._settings.steps:
+      return started
+    while self._again:
+      if self._running + len(self._again[0]) > self._settings.max_rollouts_in_flight:
+        return started
+      ids = self._again.popleft()
+      group = self._groups[self._group_of(ids[0])]
+      self._running += len(ids)
+      started.extend(self._dispatch(group, rollout_id, continued=True) for rollout_id in ids)
     while self._may_dispatch():
       started.extend(self._new_group())
     return started
 
   def _may_dispatch(self) -> bool:
     settings = self._settings
-    if self.version < 0 or self.next_step > settings.steps:
-      return False
     if self._running + settings.rollouts_per_prompt > settings.max_rollouts_in_flight:
       return False
     # The step in which, first in first out, a group dispatched now would be batched. It may lie
@@ -108,31 +105,38 @@ class Scheduler:
     group_id = self._next_group
     environment, index = self._sampler.draw(group_id)
     self._next_group += 1
-    size = self._settings.rollouts_per_prompt
-    ids = range(group_id * size, (group_id + 1) * size)
-    self._groups[group_id] = _Group(group_id, environment, index, set(ids))
-    self._running += size
+    ids = groups_lib.members(group_id, self._settings.rollouts_per_prompt)
+    group = self._groups[group_id] = groups_lib.Group(group_id, environment, index, set(ids))
+    self._running += len(ids)
+    started = []
     for rollout_id in ids:
-      self.accounting.dispatch(rollout_id)
-    return [
-      messages.Dispatch(
-        rollout_id=rollout_id,
-        group_id=group_id,
-        sample=sample,
-        environment=environment,
-        split="train",
-        index=index,
-        seed=rollout_seed(self._settings.seed, environment, index, group_id, sample),
-        temperature=self._settings.temperature,
-      )
-      for sample, rollout_id in enumerate(ids)
-    ]
+      # Dispatched before, if a process did so after the last commit: the same draw, once more.
+      continued = self.accounting.is_open(rollout_id)
+      if not continued:
+        self.accounting.dispatch(rollout_id)
+      started.append(self._dispatch(group, rollout_id, continued=continued))
+    return started
+
+  def _dispatch(
+    self, group: groups_lib.Group, rollout_id: int, *, continued: bool
+  ) -> messages.Dispatch:
+    return groups_lib.dispatch(
+      group,
+      rollout_id,
+      size=self._settings.rollouts_per_prompt,
+      run_seed=self._settings.seed,
+      temperature=self._settings.temperature,
+      continued=continued,
+    )
+
+  def _group_of(self, rollout_id: int) -> int:
+    return rollout_id // self._settings.rollouts_per_prompt
 
   # What came back.
 
   def finished(self, summary: messages.RolloutSummary) -> None:
     """Takes a rollout's result; one that is not in flight any more (cancelled) is ignored."""
-    group = self._groups.get(summary.rollout_id // self._settings.rollouts_per_prompt)
+    group = self._groups.get(self._group_of(summary.rollout_id))
     if group is None or summary.rollout_id not in group.running:
       return
     group.running.remove(summary.rollout_id)
@@ -144,24 +148,34 @@ class Scheduler:
     self._maybe_complete(group)
 
   def lost(self, rollout_ids: Sequence[int], reason: str) -> None:
-    """Rollouts whose worker or server is gone, running or finished: errored."""
-    size = self._settings.rollouts_per_prompt
-    touched: dict[int, _Group] = {}
+    """Rollouts that cannot be trusted or gone on with, running or finished: errored."""
+    for group, ids in self._taken_back(rollout_ids):
+      for rollout_id in ids:
+        group.running.discard(rollout_id)
+        self._end(rollout_id, "errored", reason)
+      self._maybe_complete(group)
+
+  def again(self, rollout_ids: Sequence[int]) -> None:
+    """Rollouts whose worker is gone, running or finished: another one goes on with them."""
+    for group, ids in self._taken_back(rollout_ids):
+      group.running.update(ids)
+      self._again.append(ids)
+
+  def _taken_back(self, rollout_ids: Sequence[int]) -> list[tuple[groups_lib.Group, list[int]]]:
+    """Those of these that are in flight, by group, as if none had finished or been started."""
+    taken: dict[int, list[int]] = {}
     for rollout_id in rollout_ids:
-      group = self._groups.get(rollout_id // size)
-      if group is None or not self.accounting.is_open(rollout_id):
-        continue
-      self._running -= rollout_id in group.running
-      group.running.discard(rollout_id)
-      group.summaries.pop(rollout_id, None)
-      self._end(rollout_id, "errored", reason)
-      touched[group.group_id] = group
-    for group_id, group in touched.items():
-      if group_id in self._completed:  # scored before the loss: score what is left again
+      group = self._groups.get(self._group_of(rollout_id))
+      if group is not None and self.accounting.is_open(rollout_id):
+        self._running -= rollout_id in group.running
+        group.summaries.pop(rollout_id, None)
+        taken.setdefault(group.group_id, []).append(rollout_id)
+    for group_id in taken:
+      if group_id in self._completed:  # scored before: it will be scored again
         del self._completed[group_id]
         self._pool_updates.pop(group_id, None)
-      group.result = None
-      self._maybe_complete(group)
+      self._groups[group_id].result = None
+    return [(self._groups[group_id], ids) for group_id, ids in taken.items()]
 
   def weights(self, version: int) -> None:
     """The servers now have this version. Versions never go back."""
@@ -169,7 +183,7 @@ class Scheduler:
       raise ValueError(f"version: expected at least {self.version}, got {version}")
     self.version = version
 
-  def _maybe_complete(self, group: _Group) -> None:
+  def _maybe_complete(self, group: groups_lib.Group) -> None:
     if group.running:
       return
     summaries = [group.summaries[key] for key in sorted(group.summaries)]
@@ -195,7 +209,7 @@ class Scheduler:
     else:
       self._drop(group)
 
-  def _drop(self, group: _Group) -> None:
+  def _drop(self, group: groups_lib.Group) -> None:
     """Nothing of a group is to be trained."""
     del self._groups[group.group_id]
     self._in_vain.ended()
@@ -256,7 +270,7 @@ class Scheduler:
         del self._completed[group_id]
         self._drop(group)
 
-  def _trainable(self, group: _Group) -> list[int]:
+  def _trainable(self, group: groups_lib.Group) -> list[int]:
     """Rollouts of a scored group that have an advantage and have not ended."""
     assert group.result is not None
     return [key for key in sorted(group.result.advantages) if self.accounting.is_open(key)]
@@ -294,6 +308,7 @@ class Scheduler:
     for rollout_id in ids:
       self._end(rollout_id, "cancelled", reason)
     self._groups, self._completed, self._running = {}, {}, 0
+    self._again.clear()
     return ids
 
   # What is told.
@@ -328,33 +343,57 @@ class Scheduler:
 
   def state(self) -> dict[str, Any]:
     """JSON-able state after a commit: what a restart needs."""
+    size = self._settings.rollouts_per_prompt
+    kept = [
+      group.state(key for key in groups_lib.members(group_id, size) if self.accounting.is_open(key))
+      for group_id, group in self._groups.items()
+    ]
     return {
       "next_step": self.next_step,
       "next_group": self._next_group,
+      "rollouts_per_prompt": size,
+      "groups": kept,
       "accounting": self.accounting.state(),
       "sampler": self._sampler.state(),
       "baselines": dict(self._baselines),
     }
 
-  def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on after the commit that wrote `state`; what was in flight then is cancelled."""
+  def restore(self, state: Mapping[str, Any] | None, dispatched: int) -> None:
+    """Goes on where another process was.
+
+    What was in flight at its last commit is started again, and what it dispatched since then will
+    be: the same tasks are drawn. Their workers find what they had in the journal.
+
+    Args:
+      state: of that commit; None: there was none. ValueError where it does not fit.
+      dispatched: how many rollouts were dispatched in all.
+    """
+    if state is not None:
+      self._restore(state)
+    self.accounting.reopen(range(self.accounting.counts()["dispatched"], dispatched))
+
+  def _restore(self, state: Mapping[str, Any]) -> None:
+    size = self._settings.rollouts_per_prompt
+    if state.get("rollouts_per_prompt") != size:
+      raise ValueError(
+        f"rollouts_per_prompt: expected {state.get('rollouts_per_prompt')}, as the run was begun "
+        f"with, got {size}"
+      )
     self.next_step = state["next_step"]
     self._next_group = state["next_group"]
     self.accounting = accounting_lib.Accounting.restore(state["accounting"])
     self._sampler.restore(state["sampler"])
-    self._baselines = credit_lib.restored(state.get("baselines", {}))
+    self._baselines = credit_lib.restored(state["baselines"])
     self._in_vain.batched(self.accounting.reasons())
+    for group in map(groups_lib.Group.restore, state["groups"]):
+      self._groups[group.group_id] = group
+      self._again.append(sorted(group.running))
+      self.accounting.reopen(group.running)
 
   def _end(self, rollout_id: int, outcome: str, reason: str = "") -> None:
     self.accounting.end(rollout_id, outcome, reason)
     if outcome in ("filtered", "stale"):
       self._forget.append(rollout_id)
     if outcome in ("trained", "stale"):
-      group = self._groups[rollout_id // self._settings.rollouts_per_prompt]
+      group = self._groups[self._group_of(rollout_id)]
       self._ended_lengths.append((group.summaries[rollout_id].sampled_tokens, outcome))
-
-
-def rollout_seed(run_seed: int, environment: str, index: int, group_id: int, sample: int) -> int:
-  """A 63-bit seed from (run seed, task, group, sample); stable over processes and versions."""
-  text = f"{run_seed}/{environment}/{index}/{group_id}/{sample}"
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -15,13 +15,16 @@ import numpy as np
 
 from intellect3 import rollout_log, types
 from intellect3.environments import base
+from intellect3.rollouts import journal as journal_lib
 from intellect3.rollouts import messages
 from intellect3.rollouts import token_weights as token_weights_lib
 from intellect3.rollouts.conversation import RecordedConversation
 
 logger = logging.getLogger(__name__)
 
-ConversationFactory = Callable[[messages.Dispatch], RecordedConversation]
+ConversationFactory = Callable[[messages.Dispatch, journal_lib.Journal], RecordedConversation]
+MakeStore = Callable[[Callable[[str], None]], journal_lib.Store]
+"""Builds the store of journals from what is told why it fails."""
 ShardWriter = Callable[
   [pathlib.Path, Iterable[types.TrajectoryRecord]], Awaitable[types.ShardEntry]
 ]
@@ -51,13 +54,14 @@ class Worker:
   Args:
     name: unique in the run; names its shards.
     environments: by name.
-    make_conversation: what an environment of a dispatch talks to.
+    make_conversation: what an environment of a dispatch talks to, and where it is journaled.
     pool: the servers, to be told of joins and fences.
     send: posts a message to the orchestrator; never blocks.
     log_dir: the RolloutLog.
     write_shard: how a shard is written.
     write_sample: shows one rollout of each batch to people; None for not at all.
     token_weights: weights tokens by loss component; None leaves them all alike.
+    make_journals: where training rollouts are journaled (contract 7); None keeps no journal.
     release: frees what the worker was given (connections), at its end.
   """
 
@@ -74,6 +78,7 @@ class Worker:
     write_shard: ShardWriter = write_shard_in_thread,
     write_sample: SampleWriter | None = None,
     token_weights: token_weights_lib.TokenWeights | None = None,
+    make_journals: MakeStore | None = None,
   ) -> None:
     self.name = name
     self._environments = environments
@@ -85,6 +90,7 @@ class Worker:
     self._write_shard = write_shard
     self._write_sample = write_sample
     self._token_weights = token_weights
+    self._journals = make_journals(self._fail) if make_journals is not None else None
     self._components: set[frozenset[str]] = set()  # that records were weighted in; one for a run
     self._running: dict[int, asyncio.Task[None]] = {}
     self._finished: dict[int, types.Rollout] = {}
@@ -111,12 +117,12 @@ class Worker:
         task.add_done_callback(lambda _: self._running.pop(message.rollout_id, None))
       case messages.Cancel(rollout_ids=ids):
         for rollout_id in ids:
-          self._finished.pop(rollout_id, None)
+          self._let_go(rollout_id)
           if rollout_id in self._running:
             self._running[rollout_id].cancel()
       case messages.Forget(rollout_ids=ids):
         for rollout_id in ids:
-          self._finished.pop(rollout_id, None)
+          self._let_go(rollout_id)
       case messages.WriteBatch():
         # Looked up now: what is said next may let go of one, and the batch is planned again then.
         ids = [item.rollout_id for item in message.items if item.rollout_id in self._finished]
@@ -136,7 +142,17 @@ class Worker:
     for task in tasks:
       task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    if self._journals is not None:
+      await self._journals.close()
     await self._release()
+
+  def _let_go(self, rollout_id: int) -> None:
+    self._finished.pop(rollout_id, None)
+    if self._journals is not None:
+      self._journals.drop(rollout_id)
+
+  def _fail(self, reason: str) -> None:
+    self._send(messages.WorkerFailed(worker=self.name, reason=reason))
 
   def _spawn(self, coroutine: Awaitable[None]) -> None:
     task = asyncio.ensure_future(coroutine)
@@ -146,7 +162,10 @@ class Worker:
   async def _run(self, dispatch: messages.Dispatch) -> None:
     clock = asyncio.get_running_loop().time
     started = clock()
-    conversation = self._make_conversation(dispatch)
+    journal = journal_lib.Journal()
+    if self._journals is not None and dispatch.purpose == "train":
+      journal = await self._journals.open(dispatch)
+    conversation = self._make_conversation(dispatch, journal)
     reward: float | None = None
     metrics: Mapping[str, float] = {}
     error: str | None = None
@@ -180,6 +199,8 @@ class Worker:
     )
     if dispatch.purpose == "train" and error is None:
       self._finished[dispatch.rollout_id] = rollout
+    else:
+      self._let_go(dispatch.rollout_id)
     self._send(_summarize(rollout, dispatch.purpose, conversation, clock() - started))
 
   async def _write(self, batch: messages.WriteBatch, rollouts: Mapping[int, types.Rollout]) -> None:
@@ -200,7 +221,7 @@ class Worker:
       shard = await self._write_shard(path, records)
     except Exception as failure:
       logger.exception("writing step %d failed", batch.step)
-      self._send(messages.WorkerFailed(worker=self.name, reason=f"{path.name}: {failure}"))
+      self._fail(f"{path.name}: {failure}")
       return
     if self._write_sample is not None and batch.items:
       shown = batch.items[batch.step * 7919 % len(batch.items)]  # any one, not the best

@@ -163,6 +163,7 @@ class _Simulation:
         commit=lambda manifest: self._commit(learner, manifest),
         batch_committed=learner.batch_committed,
         dispatched=lambda total: None,
+        distrusted=lambda url, version: None,
         report=self._report,
         report_evaluation=lambda version, row: watch.event("evaluated", version=version, **row),
         server_metrics=self._server_metrics,

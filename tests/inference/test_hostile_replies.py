@@ -51,7 +51,7 @@ class Bench:
       release=self.transport.close,
     )
 
-  def _conversation(self, dispatch):
+  def _conversation(self, dispatch, journal):
     return RecordedConversation(
       ByteRenderer(),
       self.pool,

@@ -133,7 +133,7 @@ def test_groups_that_are_too_old_when_they_are_complete_are_in_vain():
   settings = make_settings(max_groups_in_vain=16, max_off_policy_steps=0)
   before, scheduler = make_scheduler(settings), make_scheduler(settings)
   play(before, 2, failed)
-  scheduler.restore({**before.state(), "next_step": 3})  # what failed before is not named again
+  scheduler.restore({**before.state(), "next_step": 3}, 0)  # what failed before is not named again
   _, batches, reason = play(scheduler, 1000, solved, version=2)  # sampled with v0
   assert batches == 0 and "errored" not in reason and "stale" in reason
 

@@ -60,7 +60,7 @@ def test_slow_rollouts_go_stale_and_are_counted_by_length(tmp_path):
   )
 
 
-def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
+def test_workers_over_sockets_and_another_goes_on_with_what_one_that_dies_had(tmp_path):
   async def scenario():
     world = World(tmp_path, steps=6, delay=lambda d: 0.03)
     machine = world.orchestrator(num_workers=2)
@@ -94,7 +94,7 @@ def test_workers_over_sockets_and_one_that_dies_is_counted(tmp_path):
     return world
 
   world = asyncio.run(scenario())
-  assert world.rows[6]["ended/errored/worker lost"] > 0
+  assert "ended/errored/worker lost" not in world.rows[6]
   assert all(identity(row) for row in world.rows.values())
   shards = {
     s.file.rpartition("_")[0]
@@ -232,4 +232,4 @@ def test_a_late_answer_to_an_abandoned_plan_never_enters_the_next_one(tmp_path):
     for record in records:
       by_group.setdefault(record.group_id, []).append(record)
     assert len(by_group) == 4
-  assert world.rows[3]["ended/errored/worker lost"] > 0
+  assert "ended/errored/worker lost" not in world.rows[3]

@@ -1,6 +1,9 @@
 """The scheduler: gates, staleness, filters, pools, restart, and contract 3 under any schedule."""
 
+import json
+
 import hypothesis
+import msgspec
 import pytest
 from hypothesis import strategies as st
 
@@ -174,22 +177,102 @@ def test_versions_never_go_back():
     machine.weights(2)
 
 
-def test_a_restart_goes_on_with_the_next_group_and_counts_what_it_lost():
+def test_a_restart_starts_what_was_in_flight_again_and_then_what_it_would_have_drawn():
   machine = make_scheduler()
   machine.weights(0)
   dispatched = machine.dispatch()
   for group in groups(dispatched)[:2]:
     finish_group(machine, group, [0.0, 1.0, 0.0])
+  machine.finished(make_summary(dispatched[6], reward=1.0))  # it waits for its group
+  machine.finished(make_summary(dispatched[7], reward=None, error="broke"))
   machine.commit(machine.plan_batch())
+  state = json.loads(json.dumps(machine.state()))
+  machine.weights(1)
+  later = machine.dispatch()  # after the commit: only their number is kept
+  total = machine.accounting.counts()["dispatched"]
+  assert total == 18 and len(later) == 6
+
   resumed = make_scheduler()
-  resumed.restore(machine.state())
+  resumed.restore(state, total)
   assert resumed.next_step == 2
   counts = resumed.accounting.counts()
-  assert counts["trained"] == 6 and counts["cancelled"] == 6 and counts["in_flight"] == 0
+  assert (counts["dispatched"], counts["trained"], counts["errored"]) == (18, 6, 1)
+  assert counts["in_flight"] == 11 and counts["cancelled"] == 0
+  assert resumed.dispatch() == []  # no server has weights yet
   resumed.weights(1)
   again = resumed.dispatch()
-  assert again[0].group_id == 4
-  assert {d.rollout_id for d in again}.isdisjoint(d.rollout_id for d in dispatched)
+  plain = [msgspec.structs.replace(dispatch, continued=False) for dispatch in again]
+  assert plain == [dispatched[6], *dispatched[8:], *later]
+  assert all(dispatch.continued for dispatch in again)
+  assert resumed.accounting.counts() == counts
+
+
+def test_no_more_is_started_again_at_once_than_may_be_in_flight():
+  machine = make_scheduler()
+  machine.weights(0)
+  for group in groups(machine.dispatch())[:2]:
+    finish_group(machine, group, [0.0, 1.0, 0.0])
+  machine.commit(machine.plan_batch())
+  resumed = make_scheduler(make_settings(max_rollouts_in_flight=5))
+  resumed.restore(machine.state(), 12)
+  resumed.weights(1)
+  first = resumed.dispatch()
+  assert [dispatch.rollout_id for dispatch in first] == [6, 7, 8]
+  finish_group(resumed, first, [0.0, 1.0, 0.0])
+  assert [dispatch.rollout_id for dispatch in resumed.dispatch()] == [9, 10, 11]
+
+
+def test_a_restart_with_another_group_size_or_of_another_program_is_refused():
+  machine = make_scheduler()
+  state = machine.state()
+  other = make_scheduler(make_settings(rollouts_per_prompt=4))
+  with pytest.raises(ValueError, match=r"rollouts_per_prompt: expected 3, .* got 4"):
+    other.restore(state, 0)
+  del state["rollouts_per_prompt"]
+  with pytest.raises(ValueError, match="rollouts_per_prompt"):
+    make_scheduler().restore(state, 0)
+
+
+def test_what_ended_before_a_restart_stays_in_the_baseline_of_its_group():
+  settings = make_settings(prompts_per_step=1, rollouts_per_prompt=4)
+  machine = make_scheduler(settings)
+  machine.weights(0)
+  slow, second = groups(machine.dispatch(), 4)
+  machine.finished(make_summary(slow[0], reward=1.0))
+  finish_group(machine, second, [0.0, 1.0, 0.0, 1.0])
+  machine.commit(machine.plan_batch())
+  machine.weights(1)
+  finish_group(machine, machine.dispatch(), [0.0, 1.0, 0.0, 1.0], version=1)
+  machine.commit(machine.plan_batch())
+  machine.weights(2)
+  finish_group(machine, slow[1:], [0.0, 0.0, 0.0], version=2)
+  assert list(machine.plan_batch().advantages) == [1, 2, 3]  # version 0 is stale by now
+  state = json.loads(json.dumps(machine.state()))
+  assert [kept["in_flight"] for kept in state["groups"]] == [[1, 2, 3]]
+  resumed = make_scheduler(settings)
+  resumed.restore(state, 12)
+  resumed.weights(2)
+  for dispatch in resumed.dispatch()[:3]:
+    resumed.finished(make_summary(dispatch, reward=0.0, version=2))
+  quarter = pytest.approx(-1 / 4)
+  assert resumed.plan_batch().advantages == dict.fromkeys((1, 2, 3), quarter)
+
+
+def test_what_a_lost_worker_had_is_started_again_and_its_group_waits_for_it():
+  machine = make_scheduler(make_settings(prompts_per_step=1))
+  machine.weights(0)
+  first, *_ = groups(machine.dispatch())
+  finish_group(machine, first[:2], [0.0, 1.0])
+  machine.finished(make_summary(first[2], reward=0.5))
+  assert machine.plan_batch() is not None
+  machine.again([first[0].rollout_id, first[2].rollout_id])
+  assert machine.plan_batch() is None
+  started = [d for d in machine.dispatch() if d.group_id == first[0].group_id]
+  assert [d.rollout_id for d in started] == [0, 2] and all(d.continued for d in started)
+  for dispatch, reward in zip(started, [0.0, 0.5], strict=True):
+    machine.finished(make_summary(dispatch, reward=reward))
+  assert machine.plan_batch().advantages == {0: -0.5, 1: 0.5, 2: 0.0}
+  assert machine.accounting.counts()["errored"] == 0
 
 
 def test_losing_a_finished_rollout_scores_its_group_again():
@@ -255,11 +338,16 @@ def test_accounting_holds_at_every_moment_of_any_schedule(
   running = {}
   ended = set()
   committed = []
+  durable, total = None, 0
+  actions = [*["finish"] * 6, "commit", "weights", "lose", "again", "restart"]
   for _ in range(data.draw(st.integers(5, 60))):
     for dispatch in machine.dispatch():
       assert dispatch.rollout_id not in running
+      assert dispatch.rollout_id not in ended
+      assert dispatch.continued == (dispatch.rollout_id < total)
       running[dispatch.rollout_id] = dispatch
-    action = data.draw(st.sampled_from(["finish"] * 6 + ["commit", "weights", "lose", "restart"]))
+    total = max([total, *(key + 1 for key in running)])
+    action = data.draw(st.sampled_from(actions))
     baselines = machine.state()["baselines"]
     if action == "finish" and running:
       for key in data.draw(st.lists(st.sampled_from(sorted(running)), unique=True, max_size=6)):
@@ -289,6 +377,7 @@ def test_accounting_holds_at_every_moment_of_any_schedule(
         state_before = machine.accounting.counts()["trained"]
         machine.commit(plan)
         committed.append(plan)
+        durable = json.dumps(machine.state())
         trained = machine.accounting.counts()["trained"]
         assert trained == state_before + len(plan.advantages)
     elif action == "weights":
@@ -296,12 +385,16 @@ def test_accounting_holds_at_every_moment_of_any_schedule(
     elif action == "lose" and running:
       key = data.draw(st.sampled_from(sorted(running)))
       running.pop(key)
-      machine.lost([key], "worker lost")
-    elif action == "restart" and committed:
+      machine.lost([key], "server fenced")
+    elif action == "again" and running:
+      keys = data.draw(st.lists(st.sampled_from(sorted(running)), unique=True, max_size=6))
+      for key in keys:
+        running.pop(key)
+      machine.again(keys)
+    elif action == "restart":
       version = machine.version
-      state = machine.state()
       machine = new()
-      machine.restore(state)
+      machine.restore(None if durable is None else json.loads(durable), total)
       machine.weights(version)
       running.clear()
     if action != "commit":
@@ -331,22 +424,3 @@ def test_a_stale_rollouts_reward_stays_in_the_baseline_when_another_is_lost_late
   assert {key: plan.advantages[key] for key in (2, 3)} == {2: third, 3: third}
   counts = machine.accounting.counts()
   assert (counts["stale"], counts["errored"], counts["filtered"]) == (1, 1, 0)
-
-
-def test_what_a_crash_lost_after_the_last_manifest_is_counted():
-  book = accounting.Accounting.restore(
-    {
-      "dispatched": 10,
-      "trained": 6,
-      "filtered": 0,
-      "stale": 0,
-      "cancelled": 0,
-      "errored": 0,
-      "in_flight": 4,
-      "reasons": {},
-    }
-  )
-  book.cancel_lost(13)
-  assert book.counts()["dispatched"] == 13 and book.counts()["cancelled"] == 7
-  book.cancel_lost(12)
-  assert book.counts()["dispatched"] == 13

@@ -143,6 +143,7 @@ class World:
             commit=commit,
             batch_committed=self.committed.put_nowait,
             dispatched=lambda total: None,
+            distrusted=lambda url, version: None,
             report=self.report,
             report_evaluation=self.evaluations.__setitem__,
             server_metrics=lambda: {"reprefilled_tokens/retracted": 3.0},
@@ -171,7 +172,7 @@ class World:
     return lambda send: worker.Worker(
       name,
       environments={"coin": self.environment},
-      make_conversation=lambda d: FakeConversation(d, lambda: version[0], self.delay),
+      make_conversation=lambda d, journal: FakeConversation(d, lambda: version[0], self.delay),
       pool=FakePool(lambda new: version.__setitem__(0, new)),
       send=send,
       log_dir=self.log_dir,

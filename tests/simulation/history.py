@@ -101,6 +101,7 @@ class World:
         commit=self._commit,
         batch_committed=lambda step: self.untrained.append(step),
         dispatched=self._dispatched,
+        distrusted=lambda url, version: None,
         report=lambda step, row: None,
         report_evaluation=lambda version, row: None,
         server_metrics=dict,
