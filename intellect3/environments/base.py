@@ -2,8 +2,8 @@
 
 Place in the ring: Task -> (environment x policy) -> Rollout. An environment is plain async code.
 All that it does to the world goes through a Conversation (contract 7): generations by `send`,
-outside effects by `effect`, randomness by `random`, time by `now`; so a rollout can be journaled
-and run again. A failure inside an environment raises and is counted as an error; it is never a
+outside effects by `effect`, randomness by `random`, time by `now`; so a rollout is journaled, and
+after a crash it is run again to where it was. A failure inside an environment raises and is counted as an error; it is never a
 reward of zero (contract 4).
 """
 
@@ -86,7 +86,12 @@ class Conversation(Protocol):
     ...
 
   async def effect(self, name: str, fn: Callable[[], Awaitable[T]]) -> T:
-    """Runs an outside effect (a tool, a sandbox, a judge) and returns its result."""
+    """Runs an outside effect (a tool, a sandbox, a judge) and returns its result.
+
+    After a crash the rollout is run again, and what `fn` gave is given again without calling it. So
+    its result is plain data (None, numbers, text, bytes, lists, dicts), and whatever it draws from
+    `random` or asks of `now` is drawn and asked before.
+    """
     ...
 
   def now(self) -> float:
