@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
   if arguments.plot is not None:
     from intellect3.simulation import plots  # matplotlib takes a while to load
 
-    last = report["steps"]
+    last = max(2, plots.last_served(report))
     plots.timeline(report, first=max(2, last - 2), last=last).savefig(arguments.plot, dpi=150)
   return 0
 
@@ -166,7 +166,11 @@ def table(report: dict[str, Any]) -> str:
     ("scenario", report["scenario"]),
     ("steps (warm-up)", f"{report['steps']} ({report['warm_up_steps']})"),
     ("virtual time", f"{report['virtual_seconds']:,.0f} s"),
-    ("step", f"mean {step['mean']:,.1f} s, median {step['p50']:,.1f}, p90 {step['p90']:,.1f}"),
+    (
+      "step",
+      f"mean {step['mean']:,.1f} s, median {step['p50']:,.1f}, p90 {step['p90']:,.1f}"
+      + (f", drift {drift['step_seconds']:+.1%}" if (drift := report["drift"]) else ""),
+    ),
     ("trainer idle", f"{report['trainer_idle_share']:.1%}"),
     (
       "inference idle",
@@ -178,12 +182,17 @@ def table(report: dict[str, Any]) -> str:
       f"sampled {report['sampled_tokens_per_second']:,.0f} /s, "
       f"trained {report['trained_tokens_per_second']:,.0f} /s",
     ),
-    ("staleness", f"mean {stale['mean']:.2f} of tokens, max {stale['max']}"),
+    (
+      "staleness",
+      f"mean {stale['token_mean']:.2f} of tokens, {stale['rollout_mean']:.2f} of rollouts' oldest "
+      f"tokens, max {stale['max']}",
+    ),
     (
       "lost to staleness",
       f"{report['stale_share']:.2%} of rollouts dropped, "
       f"{report['masked_token_share']:.2%} of tokens masked",
     ),
+    ("failed", f"{report['errored_share']:.2%} of rollouts"),
     (
       "group's last rollout",
       ", ".join(f"{name} {value:,.0f} s" for name, value in groups["last_seconds"].items()),
@@ -197,7 +206,10 @@ def table(report: dict[str, Any]) -> str:
       "orchestrator",
       f"{told['messages_per_second']:,.1f} messages /s, {told['bytes_per_second']:,.0f} bytes /s",
     ),
-    ("rollouts", ", ".join(f"{name} {count:,}" for name, count in report["accounting"].items())),
+    (
+      "rollouts in all",
+      ", ".join(f"{name} {count:,}" for name, count in report["accounting"].items()),
+    ),
     ("simulated in", f"{report['wall_seconds']:.1f} s, {report['events']:,} events"),
   ]
   if report["slow_segments"]:

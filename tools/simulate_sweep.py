@@ -1,16 +1,18 @@
 """What a run's settings and its cluster's split do to its steps: simulated, drawn, in tables.
 
     python -m tools.simulate_sweep --gin FILE [--set a.b=c ..] --scenario FILE [--nodes 64]
-        [--steps 20] [--warm-up 10] [--shrink 4] [--only split,in_flight,..] [--out DIR]
+        [--steps 40] [--warm-up 40] [--shrink 4] [--only split,in_flight,..] [--out DIR]
         [--into docs/simulator.md] [--mark sweeps]
 
 Sweeps (`--only` picks some): split (of the nodes between trainer and servers), in_flight, staleness
 (bound and rule), segments (length, and mode of the weight sync), lengths and slower (how far the
 answer hangs on lengths and rates), updates (in flight or not), timeline (a picture of steps of the
 whole cluster). A node has as many devices as a server. --shrink simulates a part of batch and
-cluster, in that part of the time. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of
-all that DIR has between the page's lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to
-stderr.
+cluster, in that part of the time. Of each run --steps are measured, after --warm-up or four times
+its bound on staleness, whichever is more; `drift` is what the steps of their second half take above
+the first's. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has
+between the page's lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to stderr. Exit code 1:
+some run does not reach its last step (the others are in the table); 2: something is not fit.
 """
 
 import argparse
@@ -19,11 +21,20 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import gin_config
-from intellect3.simulation import plots, scenario, scenario_file, settings, sweep, throughput
+from intellect3.rollouts.ports import RunFailed
+from intellect3.simulation import (
+  clock,
+  plots,
+  scenario,
+  scenario_file,
+  settings,
+  sweep,
+  throughput,
+)
 from tools import simulated_run
 
 SPLITS = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8)
@@ -92,33 +103,39 @@ SHOWN = {
   "updates": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.INFERENCE_IDLE)),
 }
 """By sweep: what its axis says, and its panels."""
-COLUMNS = (
-  ("step s", "step_seconds", "{:,.0f}"),
-  ("trainer idle", "trainer_idle_share", "{:.0%}"),
-  ("servers idle", "inference_idle_share", "{:.0%}"),
-  ("mean staleness", "mean_staleness", "{:.2f}"),
-  ("dropped", "stale_share", "{:.2%}"),
-  ("of the longest tenth", "longest_stale_share", "{:.1%}"),
-  ("tokens masked", "masked_token_share", "{:.2%}"),
+COLUMNS: Sequence[tuple[str, str, Callable[[float], str]]] = (
+  ("step s", "step_seconds", lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"),
+  ("drift", "drift", "{:+.1%}".format),
+  ("trainer idle", "trainer_idle_share", "{:.0%}".format),
+  ("servers idle", "inference_idle_share", "{:.0%}".format),
+  ("staleness: tokens", "token_staleness", "{:.2f}".format),
+  ("rollouts", "rollout_staleness", "{:.2f}".format),
+  ("dropped", "stale_share", "{:.2%}".format),
+  ("longest tenth", "longest_stale_share", "{:.1%}".format),
+  ("tokens masked", "masked_token_share", "{:.2%}".format),
 )
 
 
 def main(argv: list[str] | None = None) -> int:
   arguments = _parser().parse_args(argv)
+  whole = True
   try:
-    wanted = arguments.only.split(",") if arguments.only else [*SWEEPS, "timeline"]
-    unknown = sorted(set(wanted) - {*SWEEPS, "timeline"})
-    if unknown:
-      raise ValueError(f"--only: expected some of {[*SWEEPS, 'timeline']}, got {unknown}")
-    text = gin_config.read(arguments.gin, arguments.bindings)
-    run = sweep.with_steps(simulated_run.read(text, without_jax=False), arguments.steps)
+    wanted = _wanted(arguments.only)
+    for name in ("steps", "warm_up", "shrink"):
+      if getattr(arguments, name) < (name != "warm_up"):
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{flag}: expected more, got {getattr(arguments, name)}")
+    run = simulated_run.read(gin_config.read(arguments.gin, arguments.bindings))
     given = _on_nodes(scenario_file.load(arguments.scenario), arguments.nodes)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.into is not None:
+      replaced(arguments.into.read_text(encoding="utf-8"), "", arguments.mark)
+      agreeing(arguments.out, wanted, _about(given, arguments))
     for name in wanted:
       if name == "timeline":
-        _timeline(run, given, arguments.out, arguments.mark)
+        _timeline(run, given, arguments.out, arguments.mark, arguments.steps)
       else:
-        _sweep(name, sweep.shrunk(run, given, arguments.shrink), arguments)
+        whole &= _sweep(name, sweep.shrunk(run, given, arguments.shrink), given, arguments)
     if arguments.into is not None:
       page = arguments.into.read_text(encoding="utf-8")
       arguments.into.write_text(
@@ -127,7 +144,53 @@ def main(argv: list[str] | None = None) -> int:
   except (gin_config.ConfigError, ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  return 0
+  except (RunFailed, clock.Stuck) as error:
+    print(f"the run ends: {error}", file=sys.stderr)
+    return 1
+  return 0 if whole else 1
+
+
+def _wanted(only: str | None) -> list[str]:
+  known = [*SWEEPS, "timeline"]
+  wanted = known if only is None else only.split(",")
+  if any(name not in known for name in wanted):
+    raise ValueError(f"--only: expected some of {known}, got {only!r}")
+  return wanted
+
+
+def _about(given: scenario.Scenario, arguments: argparse.Namespace) -> dict[str, Any]:
+  """What the sweeps of a page must have in common."""
+  return {
+    "scenario": given.name,
+    "servers": given.servers.count,
+    "steps": arguments.steps,
+    "warm_up": arguments.warm_up,
+    "shrink": arguments.shrink,
+  }
+
+
+def agreeing(directory: pathlib.Path, wanted: Sequence[str], about: Mapping[str, Any]) -> None:
+  """Refuses a page that would have sweeps of different things beside each other.
+
+  Args:
+    directory: whose tables the page gets.
+    wanted: the sweeps that will be written there.
+    about: what they are of.
+
+  Raises:
+    ValueError: another sweep that the directory holds is of something else.
+  """
+  for name in SWEEPS:
+    file = directory / f"{name}.json"
+    if name in wanted or not file.exists():
+      continue
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for key, expected in about.items():
+      if found[key] != expected:
+        raise ValueError(
+          f"--into: expected {file} to have {key} {expected!r}, as the sweeps wanted now, got "
+          f"{found[key]!r}; run it too or remove it"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,8 +203,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="bindings")
   parser.add_argument("--scenario", required=True, metavar="FILE")
   parser.add_argument("--nodes", type=int, help="all; the servers get what the trainer leaves")
-  parser.add_argument("--steps", type=int, default=20, help="of each simulation")
-  parser.add_argument("--warm-up", type=int, default=10, help="of these, left out")
+  parser.add_argument("--steps", type=int, default=40, help="measured, of each simulation")
+  parser.add_argument("--warm-up", type=int, default=40, help="before them, at least")
   parser.add_argument("--shrink", type=int, default=1, help="simulate this part of the cluster")
   parser.add_argument("--only", help="sweeps, with commas between; all by default")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/sweeps"))
@@ -159,7 +222,8 @@ def _on_nodes(given: scenario.Scenario, nodes: int | None) -> scenario.Scenario:
   return dataclasses.replace(given, servers=dataclasses.replace(given.servers, count=left))
 
 
-def _sweep(name: str, base: Base, arguments: argparse.Namespace) -> None:
+def _sweep(name: str, base: Base, whole: scenario.Scenario, arguments: argparse.Namespace) -> bool:
+  """Runs, draws and writes one; says whether each of its runs got to its end."""
   run, given = base
   variants = SWEEPS[name](run, given)
   started = time.perf_counter()
@@ -168,20 +232,31 @@ def _sweep(name: str, base: Base, arguments: argparse.Namespace) -> None:
     spent = time.perf_counter() - started
     print(f"{name}: {done} of {len(variants)}, {spent:.0f} s; {variant.label}", file=sys.stderr)
 
-  rows = sweep.simulate(variants, warm_up_steps=arguments.warm_up, progress=progress)
+  lost: list[str] = []
+
+  def failed(variant: sweep.Variant, error: Exception) -> None:
+    lost.append(variant.label)
+    print(f"{name}: {variant.label}: the run ends: {error}", file=sys.stderr)
+
+  rows = sweep.simulate(
+    variants,
+    steps=arguments.steps,
+    least_warm_up=arguments.warm_up,
+    progress=progress,
+    failed=failed,
+  )
   result = {
     "name": name,
-    "scenario": given.name,
-    "servers": given.servers.count * arguments.shrink,
-    "steps": arguments.steps,
-    "warm_up": arguments.warm_up,
-    "shrink": arguments.shrink,
+    **_about(whole, arguments),
     "chosen": _chosen(name, run, given),
     "rows": rows,
   }
+  if not rows:
+    return False
   text = json.dumps(result, indent=1) + "\n"
   (arguments.out / f"{name}.json").write_text(text, encoding="utf-8")
   draw(result, arguments.out / f"{arguments.mark}_{name}.png")
+  return not lost
 
 
 def _chosen(name: str, run: settings.RunSettings, given: scenario.Scenario) -> float | None:
@@ -219,14 +294,20 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def _timeline(
-  run: settings.RunSettings, given: scenario.Scenario, out: pathlib.Path, mark: str
+  run: settings.RunSettings, given: scenario.Scenario, out: pathlib.Path, mark: str, steps: int
 ) -> None:
+  """Draws steps of the whole cluster, once it has settled."""
+  warm_up = sweep.warm_up(run, 0)
+  run = sweep.with_steps(run, warm_up + steps)
+
   def progress(step: int, seconds: float) -> None:
     print(f"timeline: {step} of {run.steps} batches, {seconds:,.0f} virtual s", file=sys.stderr)
 
-  report = throughput.simulate(run, given, sample_seconds=10.0, progress=progress)
-  first = max(2, run.steps - 2 * TIMELINE_STEPS)
-  figure = plots.timeline(report, first=first, last=first + TIMELINE_STEPS - 1)
+  report = throughput.simulate(
+    run, given, sample_seconds=10.0, warm_up_steps=warm_up, progress=progress
+  )
+  last = plots.last_served(report)
+  figure = plots.timeline(report, first=max(2, last - TIMELINE_STEPS + 1), last=last)
   figure.savefig(out / f"{mark}_timeline.png", dpi=110)
   kept = {key: value for key, value in report.items() if key not in ("timeline", "syncs", "rows")}
   (out / "whole.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
@@ -241,7 +322,7 @@ def tables(directory: pathlib.Path) -> str:
       continue
     result = json.loads(file.read_text(encoding="utf-8"))
     part = "" if result["shrink"] == 1 else f", a part of 1 in {result['shrink']}"
-    steps = f"{result['steps']} steps, {result['warm_up']} of them warm-up{part}"
+    steps = f"{result['steps']} steps after {_warm_ups(result)} of warm-up{part}"
     lines = [
       f"**{name}** ({result['servers']} servers; {steps}):",
       "",
@@ -249,10 +330,15 @@ def tables(directory: pathlib.Path) -> str:
       "| --- " * (len(COLUMNS) + 1) + "|",
     ]
     for row in result["rows"]:
-      cells = [form.format(row[key]) for _, key, form in COLUMNS]
+      cells = [form(row[key]) for _, key, form in COLUMNS]
       lines.append("| " + " | ".join([_whole(row, result), *cells]) + " |")
     parts.append("\n".join(lines))
   return "\n\n".join(parts)
+
+
+def _warm_ups(result: Mapping[str, Any]) -> str:
+  steps = sorted({row["warm_up_steps"] for row in result["rows"]})
+  return " to ".join(dict.fromkeys(f"{count}" for count in (steps[0], steps[-1])))
 
 
 def _whole(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:

@@ -30,9 +30,18 @@ class Quantity:
 STEP = Quantity("step_seconds", "seconds a step")
 TRAINER_IDLE = Quantity("trainer_idle_share", "trainer idle, %", 100)
 INFERENCE_IDLE = Quantity("inference_idle_share", "inference idle, %", 100)
-STALENESS = Quantity("mean_staleness", "mean staleness, steps")
-DROPPED = Quantity("stale_share", "rollouts dropped, %", 100)
+STALENESS = Quantity("rollout_staleness", "staleness of rollouts, steps")
 LONGEST_DROPPED = Quantity("longest_stale_share", "dropped of the longest tenth, %", 100)
+
+
+def last_served(report: Mapping[str, Any]) -> int:
+  """The last step that ends while the servers still work; after the last batch they stand idle.
+
+  Where the trainer is so far behind that there is none, its first step.
+  """
+  committed = report["training"][-1]["committed"]
+  within = [row["step"] for row in report["training"] if row["ended"] <= committed]
+  return int(within[-1]) if within else int(report["training"][0]["step"])
 
 
 def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:

@@ -1,16 +1,20 @@
 """What a simulation found: one JSON-able table of shares, times and counts.
 
-Shares and means leave out the warm-up: they begin where its last training step ended, and end with
-the run's last training step.
+Every figure but those said to be of the whole run leaves the warm-up out. The trainer's are of its
+steps after the warm-up, from end to end; all others are of the time from the commit of the
+warm-up's last batch to that of the run's last one (`window`). Without a warm-up both begin where
+the first server has its first weights.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from intellect3.simulation import scenario, server, watching, workers
+from intellect3.rollouts import accounting
+from intellect3.simulation import scenario, server, watching, window
 from intellect3.simulation import settings as settings_lib
 
 
@@ -19,8 +23,8 @@ def make(
   given: scenario.Scenario,
   *,
   watch: watching.Watch,
-  traffic: workers.Traffic,
-  usages: Sequence[tuple[server.Usage, server.Usage]],
+  begun: window.Mark,
+  done: window.Mark,
   warm_up: int,
   samples: Sequence[tuple[float, Sequence[int], Sequence[int], int]],
   counts: Mapping[str, int],
@@ -32,71 +36,85 @@ def make(
     run: the run's settings.
     given: the scenario.
     watch: of the whole run.
-    traffic: of the whole run.
-    usages: of each server, at the end of the warm-up and of the run.
+    begun: at the commit of the warm-up's last batch.
+    done: at the commit of the run's last batch.
     warm_up: steps left out.
     samples: (seconds, running and waiting by server, waiting for a slot at the clients).
     counts: of the accounting, at the end.
     events: that happened in all.
 
   Returns:
-    scenario, steps, warm_up_steps, seed; virtual_seconds: of the whole run.
+    scenario, steps, warm_up_steps, seed; virtual_seconds, events: of the whole run.
+    measured_seconds: between the two commits.
     trainer_idle_share: of the time, waiting for a batch and reading it.
     inference_idle_share: of the servers' time, with nothing to decode or prefill;
     inference_paused_share, inference_prefill_share: standing still for weights, prefilling.
     step_seconds: mean, median, p90 of the time from the end of a training step to the next one's,
       and by_step, which the warm-up is part of.
-    staleness: mean, max and histogram (shares) of the trained tokens; rollout_mean: of the oldest
-      tokens of the rollouts, as the run's metric `staleness_mean`.
-    stale_share, masked_token_share; by_length_decile: of the rollouts that were trained, stale or
-      filtered, low and high length and what became of them: the whole run.
+    drift: of the second half of the measured steps against the first: step_seconds and
+      rollout_staleness (relative), stale_share (difference). Far from 0: not settled.
+    staleness: token_mean, max and histogram (shares) of the trained tokens; rollout_mean: of each
+      rollout's oldest token, as the run's metric `staleness_mean`.
+    stale_share, masked_token_share, filtered_share; by_length_decile: of the rollouts that were
+      trained, stale or filtered, low and high length and what became of them.
+    errored_share: of all rollouts that ended, those that failed.
     groups: p50, p90, p99 seconds from dispatch to the first and the last end of a rollout.
-    queues: requests running and waiting by server, on average, and the most that ever waited.
+    queues: requests running and waiting by server, on average, the most that waited at one, and
+      those put back by a full cache.
     sampled_tokens_per_second, trained_tokens_per_second.
-    orchestrator: messages and bytes per second, and by kind in all.
-    accounting: contract 3's counts.
-    reprefilled: tokens computed again. slow_segments: rollouts with a segment that took longer than
-      clients wait, for which a real client would have asked again.
-    rows: the orchestrator's metrics of each step; syncs: (version, server, from, to);
-    timeline: columns sampled at times, where asked for.
+    orchestrator: messages and bytes, by kind, and per second.
+    ended: rollouts by outcome. accounting: contract 3's counts, of the whole run.
+    reprefilled: tokens computed again, and all that were prefilled. slow_segments: rollouts with a
+      segment that took longer than clients wait, for which a real client would have asked again.
+    training: marks of each step, `committed` of its batch; rows: the orchestrator's metrics of each
+      step; syncs: (version, server, from, to); timeline: columns sampled at times, where asked for.
+      All of the whole run.
   """
   steps = watch.steps
   last = max(steps)
-  begun = steps[warm_up]["ended"] if warm_up else watch.syncs[0][3]
-  span = steps[last]["ended"] - begun
+  started = watch.syncs[0][3]
+  ends = [started, *(steps[step]["ended"] for step in sorted(steps))]
+  trained_for = ends[-1] - ends[warm_up]
   measured = [steps[step] for step in sorted(steps) if step > warm_up]
-  rows = [watch.rows[step] for step in sorted(watch.rows) if step > warm_up]
-  waited = sum(marks["begun"] - max(marks["waiting"], begun) for marks in measured)
-  servers = _servers(usages, span)
-  ends = [watch.syncs[0][3], *(steps[step]["ended"] for step in sorted(steps))]
+  waited = sum(marks["begun"] - max(marks["waiting"], ends[warm_up]) for marks in measured)
+  span = done.seconds - begun.seconds
+  servers = _servers(list(zip(begun.usages, done.usages, strict=True)), span)
   by_step = np.diff(ends)
+  ended = {name: done.counts[name] - begun.counts[name] for name in accounting.OUTCOMES}
+  groups = watch.group_seconds[begun.groups : done.groups]
   return {
     "scenario": given.name,
     "steps": run.steps,
     "warm_up_steps": warm_up,
     "seed": run.scheduler.seed,
     "virtual_seconds": steps[last]["ended"],
-    "trainer_idle_share": waited / span,
+    "measured_seconds": span,
+    "trainer_idle_share": waited / trained_for,
     **servers["shares"],
     "step_seconds": {
       **_spread(by_step[warm_up:], ("mean", "p50", "p90")),
       "by_step": by_step.tolist(),
     },
-    "staleness": _staleness(watch, rows),
-    **_losses(watch),
+    "drift": _drift(watch.rows, by_step.tolist(), warm_up),
+    "staleness": _staleness(watch, warm_up),
+    **_losses(watch.outcomes[begun.outcomes : done.outcomes]),
+    "errored_share": ended["errored"] / max(1, sum(ended.values())),
     "groups": {
-      name: _spread([pair[index] for pair in watch.group_seconds], ("p50", "p90", "p99"))
+      name: _spread([pair[index] for pair in groups], ("p50", "p90", "p99"))
       for index, name in enumerate(("first_seconds", "last_seconds"))
     },
     "queues": servers["queues"],
     "sampled_tokens_per_second": servers["sampled"] / span,
-    "trained_tokens_per_second": sum(marks["tokens"] for marks in measured) / span,
-    "orchestrator": _traffic(traffic, steps[last]["ended"]),
+    "trained_tokens_per_second": sum(marks["tokens"] for marks in measured) / trained_for,
+    "orchestrator": _traffic(begun, done),
+    "ended": ended,
     "accounting": dict(counts),
     "reprefilled": servers["reprefilled"],
-    "slow_segments": watch.slow_segments,
+    "slow_segments": done.slow_segments - begun.slow_segments,
     "events": events,
-    "training": [{"step": step, **steps[step]} for step in sorted(steps)],
+    "training": [
+      {"step": step, "committed": watch.commits[step], **steps[step]} for step in sorted(steps)
+    ],
     "rows": [{"step": step, **watch.rows[step]} for step in sorted(watch.rows)],
     "syncs": [list(sync) for sync in watch.syncs],
     "timeline": {
@@ -144,18 +162,49 @@ def _spread(values: Any, names: Sequence[str]) -> dict[str, float]:
   }
 
 
-def _staleness(watch: watching.Watch, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-  tokens = watch.staleness.total()
+def _drift(
+  rows: Mapping[int, Mapping[str, float]], by_step: Sequence[float], warm_up: int
+) -> dict[str, float]:
+  """Second half against first; an odd number of steps leaves the one in the middle out."""
+  last = len(by_step)
+  half = (last - warm_up) // 2
+  if not half:
+    return {}
+  spans = (warm_up, warm_up + half), (last - half, last)
+  seconds = [float(np.mean(by_step[low:high])) for low, high in spans]
+  ages = [
+    float(np.mean([rows[s]["staleness_mean"] for s in range(a + 1, b + 1)])) for a, b in spans
+  ]
+  stale = []
+  for low, high in spans:
+    lost, kept = (
+      rows[high][name] - (rows[low][name] if low else 0.0) for name in ("stale", "trained")
+    )
+    stale.append(lost / max(1.0, lost + kept))
   return {
-    "mean": sum(age * count for age, count in watch.staleness.items()) / max(1, tokens),
-    "max": max(watch.staleness, default=0),
-    "rollout_mean": float(np.mean([row["staleness_mean"] for row in rows])),
-    "histogram": {str(age): watch.staleness[age] / tokens for age in sorted(watch.staleness)},
+    "step_seconds": seconds[1] / seconds[0] - 1.0,
+    "rollout_staleness": ages[1] / ages[0] - 1.0 if ages[0] else 0.0,
+    "stale_share": stale[1] - stale[0],
   }
 
 
-def _losses(watch: watching.Watch) -> dict[str, Any]:
-  kept = [entry for entry in watch.outcomes if entry[1] in ("trained", "stale", "filtered")]
+def _staleness(watch: watching.Watch, warm_up: int) -> dict[str, Any]:
+  ages: Counter[int] = Counter()
+  for step, tokens in watch.staleness.items():
+    if step > warm_up:
+      ages.update(tokens)
+  total = ages.total()
+  rows = [row["staleness_mean"] for step, row in watch.rows.items() if step > warm_up]
+  return {
+    "token_mean": sum(age * count for age, count in ages.items()) / max(1, total),
+    "rollout_mean": float(np.mean(rows)),
+    "max": max(ages, default=0),
+    "histogram": {str(age): ages[age] / total for age in sorted(ages)},
+  }
+
+
+def _losses(ended: Sequence[tuple[int, str, int]]) -> dict[str, Any]:
+  kept = [entry for entry in ended if entry[1] in ("trained", "stale", "filtered")]
   lengths = np.array([length for length, _, _ in kept], np.int64)
   outcomes = np.array([outcome for _, outcome, _ in kept], np.str_)
   masked = np.array([tokens for _, _, tokens in kept], np.int64)
@@ -188,10 +237,12 @@ def _lost(lengths: np.ndarray, outcomes: np.ndarray, masked: np.ndarray) -> dict
   }
 
 
-def _traffic(traffic: workers.Traffic, seconds: float) -> dict[str, Any]:
+def _traffic(begun: window.Mark, done: window.Mark) -> dict[str, Any]:
+  seconds = done.seconds - begun.seconds
+  sent, size = done.messages - begun.messages, done.bytes - begun.bytes
   return {
-    "messages_per_second": traffic.messages.total() / seconds,
-    "bytes_per_second": traffic.bytes.total() / seconds,
-    "messages": dict(sorted(traffic.messages.items())),
-    "bytes": dict(sorted(traffic.bytes.items())),
+    "messages_per_second": sent.total() / seconds,
+    "bytes_per_second": size.total() / seconds,
+    "messages": dict(sorted(sent.items())),
+    "bytes": dict(sorted(size.items())),
   }

@@ -8,9 +8,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from intellect3.rollouts import ports
+from intellect3.simulation import clock, throughput
 from intellect3.simulation import scenario as scenarios
 from intellect3.simulation import settings as settings_lib
-from intellect3.simulation import throughput
+
+WARM_UP_FACTOR = 4
+"""Times the bound on staleness, that a run takes to settle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,23 +242,42 @@ def with_steps(run: settings_lib.RunSettings, steps: int) -> settings_lib.RunSet
   return dataclasses.replace(run, scheduler=changed, evaluation_tasks=0)
 
 
+def warm_up(run: settings_lib.RunSettings, least: int) -> int:
+  """Steps after which a run has settled: `least`, and four times its bound on staleness.
+
+  The first rollouts begin together and under one version; until that has washed out servers are
+  busier or idler, and tokens fresher, than they will be.
+  """
+  return max(least, WARM_UP_FACTOR * run.scheduler.max_off_policy_steps)
+
+
 def simulate(
   variants: Sequence[Variant],
   *,
-  warm_up_steps: int,
+  steps: int,
+  least_warm_up: int,
   progress: Callable[[int, Variant], None] = lambda done, variant: None,
+  failed: Callable[[Variant, Exception], None] = lambda variant, error: None,
 ) -> list[dict[str, Any]]:
   """Simulates each variant, and keeps the row of its figures.
 
   Args:
     variants: of one sweep.
-    warm_up_steps: left out of the figures.
+    steps: measured, after the warm-up.
+    least_warm_up: see `warm_up`.
     progress: is told how many are done and which is next.
+    failed: is told of a variant that never gets to its last step, and why; it has no row.
   """
   rows = []
   for done, variant in enumerate(variants):
     progress(done, variant)
-    report = throughput.simulate(variant.run, variant.scenario, warm_up_steps=warm_up_steps)
+    left_out = warm_up(variant.run, least_warm_up)
+    run = with_steps(variant.run, left_out + steps)
+    try:
+      report = throughput.simulate(run, variant.scenario, warm_up_steps=left_out)
+    except (ports.RunFailed, clock.Stuck) as error:
+      failed(variant, error)
+      continue
     rows.append(
       {"label": variant.label, "x": variant.x, "series": variant.series, **figures(report)}
     )
@@ -262,16 +285,21 @@ def simulate(
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of a report that a sweep shows."""
+  """The figures of a report that a sweep shows; `drift` is the step's, `stale_drift` that of the
+  share dropped."""
+  tenths = report["by_length_decile"]
   return {
+    "warm_up_steps": report["warm_up_steps"],
     "step_seconds": report["step_seconds"]["mean"],
+    "drift": report["drift"].get("step_seconds", 0.0),
     "trainer_idle_share": report["trainer_idle_share"],
     "inference_idle_share": report["inference_idle_share"],
     "inference_paused_share": report["inference_paused_share"],
-    "mean_staleness": report["staleness"]["rollout_mean"],
+    "token_staleness": report["staleness"]["token_mean"],
+    "rollout_staleness": report["staleness"]["rollout_mean"],
     "stale_share": report["stale_share"],
-    "longest_stale_share": report["by_length_decile"][-1]["stale_share"],
+    "stale_drift": report["drift"].get("stale_share", 0.0),
+    "longest_stale_share": tenths[-1]["stale_share"] if tenths else 0.0,
     "masked_token_share": report["masked_token_share"],
     "trained_tokens_per_second": report["trained_tokens_per_second"],
-    "last_seconds_p99": report["groups"]["last_seconds"]["p99"],
   }

@@ -8,7 +8,6 @@ on `clock`'s virtual time.
 
 import asyncio
 import contextlib
-import copy
 import dataclasses
 import gc
 import random
@@ -28,6 +27,7 @@ from intellect3.simulation import (
   server,
   trainer,
   watching,
+  window,
   workers,
 )
 from intellect3.simulation import settings as settings_lib
@@ -49,8 +49,8 @@ def simulate(
     given: the cluster and what is attempted.
     trace: takes the lines of the event trace.
     progress: is told of each step and the virtual seconds so far.
-    warm_up_steps: that the report's shares and means leave out; None for as many as are bounded by
-      `max_off_policy_steps`, and at most a quarter of the run.
+    warm_up_steps: that the report's figures leave out; None for four times `max_off_policy_steps`,
+      at least one and at most half of the run.
     sample_seconds: virtual seconds between two entries of the report's timeline; None for none.
 
   Returns:
@@ -62,7 +62,7 @@ def simulate(
     ports.RunFailed: the run ends with a reason.
   """
   _check(run, given)
-  warm_up = min(run.scheduler.max_off_policy_steps + 1, run.steps // 4)
+  warm_up = min(max(1, 4 * run.scheduler.max_off_policy_steps), run.steps // 2)
   if warm_up_steps is not None:
     warm_up = warm_up_steps
   if sample_seconds is not None and not sample_seconds > 0:
@@ -126,8 +126,9 @@ class _Simulation:
     self._progress = progress
     self._warm_up = warm_up
     self._sample_seconds = sample_seconds
-    self._before: list[server.Usage] = []
-    self._after: list[server.Usage] = []
+    self._begun: window.Mark | None = None
+    self._done: window.Mark | None = None
+    self._told_loads = 0.0
     self._retracted = 0
     self._samples: list[tuple[float, list[int], list[int], int]] = []
 
@@ -138,7 +139,6 @@ class _Simulation:
       group_size=run.scheduler.rollouts_per_prompt,
       trace=self._trace,
       timeout_seconds=run.timeout_seconds,
-      stepped=self._stepped,
     )
     pace = rates.Rates(given.servers)
     self._servers = {
@@ -161,7 +161,7 @@ class _Simulation:
         next_version=learner.next_version,
         sync=self._sync,
         commit=lambda manifest: self._commit(learner, manifest),
-        batch_committed=learner.batch_committed,
+        batch_committed=lambda step: self._committed(learner, step),
         dispatched=lambda total: None,
         distrusted=lambda url, version: None,
         report=self._report,
@@ -184,7 +184,8 @@ class _Simulation:
         poll_seconds=run.server_poll_seconds, patience_seconds=run.sync_patience_seconds
       ),
     )
-    links, self._balancers = self._workers()
+    self._links, self._balancers = self._workers()
+    links = self._links
     for link in links:
       self._traffic.count(link.hello())
       self._machine.connected(link, link.hello())
@@ -206,12 +207,13 @@ class _Simulation:
     return self._made()
 
   def _made(self) -> dict[str, Any]:
+    assert self._begun is not None and self._done is not None
     return report.make(
       self._run,
       self._given,
       watch=self._watch,
-      traffic=self._traffic,
-      usages=list(zip(self._before, self._after, strict=True)),
+      begun=self._begun,
+      done=self._done,
       warm_up=self._warm_up,
       samples=self._samples,
       counts=self._scheduler.accounting.counts(),
@@ -289,21 +291,38 @@ class _Simulation:
     since, self._retracted = total - self._retracted, total
     return {"servers": float(len(self._servers)), "reprefilled_tokens/retracted": float(since)}
 
-  def _stepped(self, step: int) -> None:
+  def _committed(self, learner: trainer.Trainer, step: int) -> None:
+    learner.batch_committed(step)
+    self._watch.committed(step)
+    if len(self._balancers) == 1 < len(self._links):
+      self._count_loads()
     if step == self._warm_up:
-      self._before = self._usages()
+      self._begun = self._mark()
     if step == self._run.steps:
-      self._after = self._usages()
+      self._done = self._mark()
 
-  def _usages(self) -> list[server.Usage]:
-    return [copy.copy(one.settle()) for one in self._servers.values()]
+  def _mark(self) -> window.Mark:
+    return window.mark(
+      self._loop.time(),
+      servers=self._servers.values(),
+      counts=self._scheduler.accounting.counts(),
+      watch=self._watch,
+      traffic=self._traffic,
+    )
+
+  def _count_loads(self) -> None:
+    """Workers that share a balancer need not be told of loads: counts what they would be told."""
+    since, self._told_loads = self._told_loads, self._loop.time()
+    every = self._run.server_poll_seconds
+    looks = int(self._told_loads / every) - int(since / every)
+    if looks and len(self._servers) > 1:
+      loads = {url: (one.running, one.waiting) for url, one in self._servers.items()}
+      self._traffic.count(messages.Loads(loads=loads), looks * len(self._links))
 
   async def _sync(self, version: int) -> weight_sync.SyncReport:
     started = self._loop.time()
     await asyncio.sleep(self._given.sync.verify_seconds)
     servers = await self._fleet.sync(version)
-    if not self._before:
-      self._before = self._usages()
     seconds = self._loop.time() - started
     return weight_sync.report(version, self._run.sync_mode, 1.0, servers, seconds)
 
@@ -322,6 +341,8 @@ class _Simulation:
     finally:
       one.resume()
     await asyncio.sleep(sync.canary_seconds)
+    if self._begun is None and not self._warm_up:
+      self._begun = self._mark()  # from the first server's first weights: nothing is asked before
     self._watch.synced(version, url, started)
     parts = {
       "pause": sync.pause_seconds,

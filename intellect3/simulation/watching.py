@@ -16,11 +16,11 @@ from intellect3.rollouts import accounting, messages
 
 @dataclasses.dataclass(slots=True)
 class Group:
-  """When a group was dispatched, and when the first of its rollouts ended."""
+  """When a group was dispatched, when the first of its rollouts ended, and how many have not."""
 
   dispatched: float
+  left: int
   first: float | None = None
-  ended: int = 0
 
 
 class Watch:
@@ -30,14 +30,14 @@ class Watch:
     group_size: rollouts of a group.
     trace: takes the lines of a trace; None for none.
     timeout_seconds: of a segment, as clients have it.
-    stepped: is called after each training step.
 
   Attributes:
     rows: the orchestrator's metrics, by step.
     steps: of the trainer: marks on the clock, and the batch's tokens.
+    commits: by step, when its batch was committed.
     lengths: sampled tokens of each rollout that ended well, by id.
     outcomes: (sampled tokens, outcome, tokens masked for staleness) of each that has ended.
-    staleness: trained tokens by staleness.
+    staleness: by step, the tokens of its batch by staleness.
     group_seconds: from a group's dispatch to the (first, last) end of a rollout.
     syncs: (version, url, from, to) of each server's sync.
     slow_segments: rollouts with a segment that took longer than clients wait.
@@ -49,20 +49,20 @@ class Watch:
     group_size: int,
     trace: Callable[[str], Any] | None,
     timeout_seconds: float,
-    stepped: Callable[[int], None],
   ) -> None:
     self._loop = asyncio.get_running_loop()
     self._group_size = group_size
     self._trace = trace
     self._timeout_seconds = timeout_seconds
-    self._stepped = stepped
     self._groups: dict[int, Group] = {}
     self._masked: dict[int, int] = {}
     self.rows: dict[int, Mapping[str, float]] = {}
     self.steps: dict[int, Mapping[str, float]] = {}
+    self.commits: dict[int, float] = {}
     self.lengths: dict[int, int] = {}
     self.outcomes: list[tuple[int, str, int]] = []
-    self.staleness: collections.Counter[int] = collections.Counter()
+    self.staleness: dict[int, collections.Counter[int]] = {}
+    self._attempts: dict[int, int] = {}  # by step, the last at its batch
     self.group_seconds: list[tuple[float, float]] = []
     self.syncs: list[tuple[int, str, float, float]] = []
     self.slow_segments = 0
@@ -78,7 +78,7 @@ class Watch:
     """A training rollout was opened."""
     group = rollout_id // self._group_size
     if group not in self._groups:
-      self._groups[group] = Group(self._loop.time())
+      self._groups[group] = Group(self._loop.time(), self._group_size)
     self.event("dispatched", rollout=rollout_id)
 
   def attempted(self, longest_segment: float) -> None:
@@ -87,13 +87,12 @@ class Watch:
 
   def finished(self, summary: messages.RolloutSummary) -> None:
     """The orchestrator is about to hear of a rollout's end."""
-    if summary.purpose == "train":
+    if summary.purpose == "train" and (group := self._groups.get(summary.group_id)) is not None:
       now = self._loop.time()
-      group = self._groups[summary.group_id]
-      group.ended += 1
+      group.left -= 1
       if group.first is None:
         group.first = now
-      if group.ended == self._group_size:
+      if not group.left:
         seconds = group.first - group.dispatched, now - group.dispatched
         self.group_seconds.append(seconds)
         del self._groups[summary.group_id]
@@ -108,12 +107,15 @@ class Watch:
     )
 
   def trained(
-    self, step: int, rollout_id: int, made: Mapping[int, int], oldest_version: int
+    self, step: int, attempt: int, rollout_id: int, made: Mapping[int, int], oldest_version: int
   ) -> None:
-    """A rollout goes into a step's batch."""
+    """A rollout goes into a step's batch; a later attempt at that replaces the ones before."""
+    if self._attempts.get(step) != attempt:
+      self._attempts[step], self.staleness[step] = attempt, collections.Counter()
+    staleness = self.staleness[step]
     for version, tokens in made.items():
       if version >= oldest_version:
-        self.staleness[step - 1 - version] += tokens
+        staleness[step - 1 - version] += tokens
     masked = sum(tokens for version, tokens in made.items() if version < oldest_version)
     if masked:
       self._masked[rollout_id] = masked
@@ -125,11 +127,14 @@ class Watch:
       self.outcomes.append((length, outcome, self._masked.pop(rollout_id, 0)))
     self.event(outcome, rollout=rollout_id, reason=reason)
 
+  def committed(self, step: int) -> None:
+    """A step's batch is committed."""
+    self.commits[step] = self._loop.time()
+
   def stepped(self, step: int, tokens: int, waiting: float, marks: Mapping[str, float]) -> None:
     """The trainer is through with a step; since `waiting` it had waited for its batch."""
     self.steps[step] = {"tokens": tokens, "waiting": waiting, **marks}
     self.event("stepped", step=step, tokens=tokens)
-    self._stepped(step)
 
   def synced(self, version: int, url: str, since: float) -> None:
     """A server has a version."""

@@ -26,11 +26,11 @@ class Traffic:
     self.messages: collections.Counter[str] = collections.Counter()
     self.bytes: collections.Counter[str] = collections.Counter()
 
-  def count(self, message: messages.ToWorker | messages.FromWorker) -> None:
-    """Counts a message at the size that it would have on the wire."""
+  def count(self, message: messages.ToWorker | messages.FromWorker, times: int = 1) -> None:
+    """Counts a message, sent so many times, at the size that it would have on the wire."""
     kind = type(message).__name__
-    self.messages[kind] += 1
-    self.bytes[kind] += len(messages.encode(message))
+    self.messages[kind] += times
+    self.bytes[kind] += times * len(messages.encode(message))
 
 
 @dataclasses.dataclass(slots=True, eq=False, kw_only=True)
@@ -290,7 +290,7 @@ class Worker:
       kept = sum(count for version, count in made.items() if version >= batch.oldest_version)
       lengths.append(context)
       fresh.append(kept)
-      self._watch.trained(batch.step, item.rollout_id, made, batch.oldest_version)
+      self._watch.trained(batch.step, batch.attempt, item.rollout_id, made, batch.oldest_version)
     shard = types.ShardEntry(
       file=f"{self.name}_{batch.attempt}.arrayrecord",
       bytes=TOKEN_BYTES * sum(lengths),

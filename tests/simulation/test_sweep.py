@@ -99,10 +99,11 @@ def test_half_the_cluster_takes_as_long_for_a_step():
   assert given.servers.count == 2 and given.trainer.devices == 2
   whole, half = sweep.simulate(
     [
-      sweep.Variant("whole", 1, "", sweep.with_steps(RUN, 12), GIVEN),
-      sweep.Variant("half", 2, "", sweep.with_steps(run, 12), given),
+      sweep.Variant("whole", 1, "", RUN, GIVEN),
+      sweep.Variant("half", 2, "", run, given),
     ],
-    warm_up_steps=4,
+    steps=8,
+    least_warm_up=4,
   )
   assert half["step_seconds"] == pytest.approx(whole["step_seconds"], rel=0.15)
   with pytest.raises(ValueError, match="factor: expected a divisor of prompts_per_step"):
@@ -116,10 +117,11 @@ def test_a_quicker_trainer_is_never_slower_and_waits_more():
   told = []
   rows = sweep.simulate(
     [
-      sweep.Variant("as it is", 1, "", sweep.with_steps(RUN, 10), GIVEN),
-      sweep.Variant("quicker", 2, "", sweep.with_steps(RUN, 10), quick),
+      sweep.Variant("as it is", 1, "", RUN, GIVEN),
+      sweep.Variant("quicker", 2, "", RUN, quick),
     ],
-    warm_up_steps=3,
+    steps=7,
+    least_warm_up=3,
     progress=lambda done, variant: told.append((done, variant.label)),
   )
   assert told == [(0, "as it is"), (1, "quicker")]
@@ -130,3 +132,23 @@ def test_a_quicker_trainer_is_never_slower_and_waits_more():
 def test_shorter_runs_are_not_evaluated():
   changed = sweep.with_steps(RUN, 3)
   assert (changed.steps, changed.evaluation_tasks) == (3, 0)
+
+
+def test_a_run_settles_over_four_times_its_bound():
+  assert (sweep.warm_up(RUN, 10), sweep.warm_up(RUN, 20)) == (16, 20)
+  (row,) = sweep.simulate([sweep.Variant("a", 1, "", RUN, GIVEN)], steps=4, least_warm_up=1)
+  assert row["warm_up_steps"] == 16
+
+
+def test_a_variant_that_never_trains_is_told_and_left_out():
+  failing = scenario.Environment(lengths=scenario.Lengths(median=200), error_rate=1.0)
+  never = dataclasses.replace(GIVEN, environments={"words": failing})
+  told = []
+  rows = sweep.simulate(
+    [sweep.Variant("never", 1, "", RUN, never), sweep.Variant("as it is", 2, "", RUN, GIVEN)],
+    steps=2,
+    least_warm_up=0,
+    failed=lambda variant, error: told.append((variant.label, str(error))),
+  )
+  assert [row["label"] for row in rows] == ["as it is"]
+  assert [label for label, _ in told] == ["never"] and "errored" in told[0][1]

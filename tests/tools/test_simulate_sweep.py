@@ -53,7 +53,7 @@ def test_tables_and_pictures_are_of_the_whole_cluster(options, tmp_path):
   assert simulate_sweep.main([*options, *chosen]) == 0
   text = page.read_text()
   assert text.startswith("before\n<!-- small -->") and text.endswith("<!-- /small -->\nafter\n")
-  assert "old" not in text
+  assert "\nold\n" not in text
   # 16 nodes of which the trainer has two; half of them are simulated.
   labels = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
   assert "2 : 14" in labels and "4 : 12" in labels and "32 in flight" in labels
@@ -64,10 +64,29 @@ def test_tables_and_pictures_are_of_the_whole_cluster(options, tmp_path):
     assert (tmp_path / "out" / f"small_{name}.png").stat().st_size > 10_000
 
 
+def test_a_page_has_sweeps_of_one_cluster(options, tmp_path, capsys):
+  page = tmp_path / "page.md"
+  page.write_text("<!-- small -->\n<!-- /small -->\n")
+  assert simulate_sweep.main([*options, "--only", "updates"]) == 0
+  other = ["--only", "in_flight", "--into", str(page), "--steps", "2"]
+  assert simulate_sweep.main([*options, *other]) == 2
+  assert "updates.json to have steps 2, as the sweeps wanted now, got 6" in capsys.readouterr().err
+  assert page.read_text() == "<!-- small -->\n<!-- /small -->\n"
+
+
+def test_a_run_that_does_not_end_is_told_and_left_out(options, tmp_path, capsys):
+  text = SCENARIO.replace("[environments.default]", "[environments.default]\nerror_rate = 1.0")
+  (tmp_path / "small.toml").write_text(text)
+  assert simulate_sweep.main([*options, "--only", "updates"]) == 1
+  told = [line for line in capsys.readouterr().err.splitlines() if "the run ends: " in line]
+  assert len(told) == 3 and "drop, at most 0" in told[2]
+
+
 def test_a_timeline_is_drawn_of_late_steps(options, tmp_path):
   assert simulate_sweep.main([*options, "--only", "timeline"]) == 0
   assert (tmp_path / "out" / "small_timeline.png").stat().st_size > 10_000
-  assert json.loads((tmp_path / "out" / "whole.json").read_text())["steps"] == 6
+  whole = json.loads((tmp_path / "out" / "whole.json").read_text())
+  assert (whole["steps"], whole["warm_up_steps"]) == (14, 8)  # the demo's bound is 2
 
 
 @pytest.mark.parametrize(
@@ -76,7 +95,9 @@ def test_a_timeline_is_drawn_of_late_steps(options, tmp_path):
     (["--only", "size"], "--only: expected some of ['split'"),
     (["--only", "split", "--shrink", "5"], "factor: expected a divisor of prompts_per_step (4)"),
     (["--only", "split", "--nodes", "2"], "--nodes: expected more than 2, the trainer's, got 2"),
-    (["--only", "updates", "--warm-up", "6"], "warm_up_steps: expected fewer than steps (6)"),
+    (["--only", "updates", "--steps", "0"], "--steps: expected more, got 0"),
+    (["--only", ""], "--only: expected some of ['split'"),
+    (["--only", "split", "--into", "missing.md"], "missing.md"),
   ],
 )
 def test_what_cannot_be_swept_is_refused(options, wrong, message, capsys):
