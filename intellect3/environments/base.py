@@ -3,8 +3,8 @@
 Place in the ring: Task -> (environment x policy) -> Rollout. An environment is plain async code.
 All that it does to the world goes through a Conversation (contract 7): generations by `send`,
 outside effects by `effect`, randomness by `random`, time by `now`; so a rollout is journaled, and
-after a crash it is run again to where it was. A failure inside an environment raises and is counted as an error; it is never a
-reward of zero (contract 4).
+after a crash it is run again to where it was. A failure inside an environment raises and is counted
+as an error; it is never a reward of zero (contract 4).
 """
 
 import math
