@@ -93,6 +93,7 @@ def run_here(capsys, without_jax):
     ({"orchestrator.orchestrator.max_groups_in_vain": 0}, [], "max_groups_in_vain: expected"),
     ({"worker.worker.segment_tokens": 0}, [], "worker.segment_tokens: expected an integer >= 1"),
     ({"worker.worker.grace_seconds": -1}, [], "worker.grace_seconds: expected a number >= 0"),
+    ({"worker.worker.journal_seconds": -1}, [], "worker.journal_seconds: expected a number >= 0"),
     ({"worker.worker.wait_seconds": 0}, [], "worker.wait_seconds: expected a number > 0, got 0"),
     ({"trainer.trainer.weights_shard_bytes": 0}, [], "weights_shard_bytes: expected at least 1"),
     ({"trainer.trainer.weights_threads": 0}, [], "weights_threads: expected at least 1, got 0"),
