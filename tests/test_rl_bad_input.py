@@ -11,10 +11,11 @@ import pytest
 import safetensors.numpy
 
 from experiments import rl_run
-from intellect3 import rl
+from intellect3 import rl, rollout_log, types
 from intellect3.environments.reverse_text import ReverseText
 from intellect3.models import hf, presets, transformer
 from intellect3.rl import checks
+from intellect3.rollouts import accounting
 
 DEMO = "experiments/configs/runs/demo.gin"
 WITHOUT_JAX = ("worker", "orchestrator")
@@ -336,3 +337,42 @@ def test_a_busy_port_is_refused(model, tmp_path, run_here):
     code, error = run_here(tmp_path / "run", settings)
   assert code == 2
   assert f"port: expected a free one on 127.0.0.1, got {port}" in error
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"rollouts_per_prompt": 5}, "rollouts_per_prompt: expected 5, as the run was begun with, got"),
+    ({"rollouts_per_prompt": None}, "rollouts_per_prompt: expected None"),
+    ({"sampler": {"cursor": {"chess": 3}, "members": {"chess": []}}}, "environments: the run had"),
+  ],
+)
+def test_bad_input_a_run_is_not_resumed_as_another_one(model, tmp_path, run_here, changes, message):
+  out = tmp_path / "run"
+  state = {
+    "next_step": 2,
+    "next_group": 40,
+    "rollouts_per_prompt": 8,
+    "groups": [],
+    "accounting": {**accounting.Accounting().counts(), "reasons": {}},
+    "sampler": {"cursor": {"reverse_text": 3}, "members": {"reverse_text": []}},
+    "baselines": {},
+    **changes,
+  }
+  manifest = types.Manifest(
+    step=1,
+    shards=[types.ShardEntry(file="w", bytes=1, crc32=0, lengths=[2], loss_tokens=[1])],
+    num_rollouts=1,
+    num_groups=1,
+    loss_tokens=1,
+    oldest_version=0,
+    newest_version=0,
+    metrics={},
+    scheduler_state=state,
+  )
+  rollout_log.step_directory(out / "rollouts", 1).mkdir(parents=True)
+  rollout_log.commit_manifest(out / "rollouts", manifest)
+  (out / "config.gin").write_text("")
+  code, error = run_here(out, {"rl.run.model_path": str(model)}, "--resume")
+  assert code == 2, error
+  assert message in error and len(error.strip().splitlines()) == 1, error

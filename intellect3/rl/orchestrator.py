@@ -82,7 +82,7 @@ def orchestrator(
     start: conducts what is built here; None: in the run's directory, over HTTP.
 
   Raises:
-    NotStarted, ValueError: a parameter is not fit.
+    NotStarted, ValueError: a parameter is not fit, or not for the run that is resumed.
   """
   settings = scheduler.Settings(
     steps=shared.steps,
@@ -137,7 +137,10 @@ def orchestrator(
     sampler = make_sampler(sizes)
     return scheduler.Scheduler(settings, sampler, group_filters or filters.Filters(), group_credit)
 
-  make_scheduler({name: e.size("train") for name, e in shared.environments.items()})  # its checks
+  trial = make_scheduler({name: e.size("train") for name, e in shared.environments.items()})
+  last = outside.last_batch(shared.log_dir) if shared.resume else None
+  if last is not None:
+    trial.restore(last.scheduler_state, 0)  # its checks
 
   parts = conducting.Parts(
     shared=shared,

@@ -167,6 +167,12 @@ class WeightsOnDisk:
     return await asyncio.to_thread(manifests.verify, self.directory(version))
 
 
+def last_batch(log_dir: pathlib.Path) -> types.Manifest | None:
+  """The manifest of the last batch of a log, or None."""
+  committed = rollout_log.committed_steps(log_dir)
+  return rollout_log.read_manifest(log_dir, committed[-1]) if committed else None
+
+
 class LogOnDisk:
   """Implements `Log` over a directory."""
 
@@ -182,11 +188,9 @@ class LogOnDisk:
     for name in rollout_log.remove_uncommitted(self._root):
       logger.warning("removed %s: it was never committed", name)
     left = Left(dispatched=total, distrusted=self._read_distrusted())
-    committed = rollout_log.committed_steps(self._root)
-    if not committed:
+    manifest = last_batch(self._root)
+    if manifest is None:
       return left
-    manifest = rollout_log.read_manifest(self._root, committed[-1])
-    assert manifest is not None
     return dataclasses.replace(left, step=manifest.step, scheduler_state=manifest.scheduler_state)
 
   def _read_distrusted(self) -> list[tuple[str, int]]:
