@@ -1,70 +1,40 @@
 """A world in which nothing happens by itself: each event is told, by Hypothesis or by a test.
 
-The orchestrator and its scheduler are the production ones, on a virtual clock. Workers, servers,
-trainer and disk are doubles that wait to be told what comes next. A ledger keeps a second book of
-all that passes by, and every event is a line of a trace.
+The orchestrator, its scheduler, and what brings weights to servers (`rl.serving`, fleet, weight
+sync) are the production ones, on a virtual clock. Workers, servers, trainer and disk are doubles
+that wait to be told what comes next. A ledger keeps a second book of all that passes by, and every
+event is a line of a trace.
 """
 
 import asyncio
+import dataclasses
+import itertools
 import json
+import types as python_types
 
 import msgspec
 
-from intellect3.rollouts import credit, difficulty, filters, messages, orchestrator, scheduler
+from intellect3.inference import fleet
+from intellect3.rl import serving
+from intellect3.rollouts import credit, difficulty, filters, orchestrator, scheduler
 from intellect3.simulation import clock
-from tests.rollouts.world import Sync
-from tests.simulation.history_ledger import Broken, Config, Ledger, expect
+from tests.simulation import history_rules, history_servers
+from tests.simulation.history_ledger import Config, Ledger
+from tests.simulation.history_tasks import POOLS, SEED, Broken, expect
 
-PATIENCE = 100.0
-SIZES = {"coin/train": 40, "word/train": 7}
+POLL = 20.0  # between two looks at the servers and at their list
+CALL = 90.0  # how long a call to a server may take
 
-
-def is_written(message):
-  return isinstance(message, messages.BatchWritten)
-
-
-class WorkerDouble:
-  """A connected worker: what it runs, holds, has yet to write and has said but was not heard."""
-
-  def __init__(self, name, world):
-    self.name = name
-    self._world = world
-    self.running, self.held = set(), set()
-    self.writes, self.unheard = [], []
-
-  @property
-  def runs(self):
-    """What the orchestrator must believe that it runs."""
-    said = {message.rollout_id for message in self.unheard if not is_written(message)}
-    attempts = self._world.ledger.attempts
-    return self.running | {key for key in said if attempts[key].fate == "running"}
-
-  def post(self, message):
-    match message:
-      case messages.Dispatch(rollout_id=key):
-        load = {name: len(link.runs) for name, link in self._world.links.items()}
-        self.running.add(key)
-        self._world.tell(f"  {self.name}: run {key} of group {message.group_id}")
-        self._world.ledger.started(message, self.name, load)
-      case messages.Cancel(rollout_ids=keys):
-        self.running -= set(keys)
-        self.held -= set(keys)
-        self._world.tell(f"  {self.name}: cancel {list(keys)}")
-      case messages.Forget(rollout_ids=keys):
-        self._world.tell(f"  {self.name}: forget {list(keys)}")
-        expect(self.held >= set(keys), f"{self.name} holds {self.held}, is to forget {keys}")
-        self.held -= set(keys)
-        self._world.ledger.forgotten(keys)
-      case messages.WriteBatch():
-        keys = [item.rollout_id for item in message.items]
-        self._world.tell(f"  {self.name}: write {keys} of batch {message.step}")
-        expect(self.held >= set(keys), f"{self.name} holds {self.held}, is to write {keys}")
-        expect(self._world.syncing is None, "a batch is planned while weights are synced")
-        self.writes.append(message)
-        self._world.asked(self.name, message)
-      case messages.Servers(versions=versions):
-        due = self._world.told
-        expect(dict(versions) == due, f"{self.name} is told of {versions}, due {due}")
+SERVING = serving.Settings(
+  sync_mode="in_place",
+  transport="disk",
+  bucket_bytes=1,
+  canary_bound=0.5,
+  verify_fingerprints=True,
+  start_seconds=history_rules.START,
+  timeout_seconds=CALL,
+  fleet=fleet.Settings(poll_seconds=POLL, lost_after=1),
+)
 
 
 class World:
@@ -74,24 +44,32 @@ class World:
     self.config = config or Config()
     self.ledger = Ledger(self.config)
     self.names = [f"worker_{index}" for index in range(workers)]
-    self.urls = [f"http://{index}" for index in range(servers)]
+    self.doubles = {
+      url: history_servers.ServerDouble(url)
+      for url in (f"http://{index}" for index in range(servers))
+    }
+    self.weights = history_servers.Published()
+    self._nonces = itertools.count()
     self._make = make
-    self.lines = []
+    self.lines, self._row = [], ""
     self.loop = clock.VirtualLoop()
-    self.disk, self.total = [], 0  # manifests as JSON; rollouts dispatched
+    self.disk, self.total, self.distrusted = [], 0, []  # manifests as JSON; rollouts dispatched
     self.published, self.untrained = 0, []
     self._start()
 
   # The run, and what it sees.
 
   def _start(self):
-    self.links, self.ghosts = {}, []
-    self.phase, self.excuse = "", None
-    self.syncing = self.landing = self._asked = None  # under way: sync, manifest, batch
-    self.served = dict.fromkeys(self.urls, -1)  # -1 joins, None is lost or fenced
-    self.target, self.told = None, None
-    self._alone_since, self._woken = {}, asyncio.Event()
+    self.links, self.ghosts, self.echoes = {}, [], []
+    self.phase, self.excuse, self._found = "", None, None
+    self.landing = self.planned = None  # under way: manifest, batch
+    self.syncing, self.told = False, None
+    self.none_since, self._woken = {}, asyncio.Event()
+    self.since = self.loop.time()
+    self.made = {}  # rollout -> (server, load of its weights)
     self.ledger.begin()
+    for double in self.doubles.values():
+      double.used, double.good, double.ended, double.barred = False, None, (), ""
     self._before = json.loads(self.disk[-1])["scheduler_state"] if self.disk else None
     self.machine = orchestrator.Orchestrator(
       make_scheduler=self._scheduler,
@@ -101,22 +79,42 @@ class World:
         commit=self._commit,
         batch_committed=lambda step: self.untrained.append(step),
         dispatched=self._dispatched,
-        distrusted=lambda url, version: None,
+        distrusted=lambda url, version: self.distrusted.append((url, version)),
         report=lambda step, row: None,
-        report_evaluation=lambda version, row: None,
-        server_metrics=dict,
+        report_evaluation=self._evaluated,
+        server_metrics=lambda: self.serving.metrics(),
         status=self._status,
       ),
       num_workers=len(self.names),
       steps=self.config.steps,
-      seed=0,
-      server_patience_seconds=PATIENCE,
-      worker_patience_seconds=PATIENCE,
+      seed=SEED,
+      server_patience_seconds=history_rules.PATIENCE,
+      worker_patience_seconds=history_rules.PATIENCE,
+      evaluation_tasks=self.config.evaluation,
       scheduler_state=self._before,
       dispatched=self.total,
+      distrusted=tuple(self.distrusted),
     )
-    self.task = self.loop.create_task(self.machine.run())
+    self.wires = history_servers.Wires(self.doubles)
+    self.serving = serving.Serving(
+      python_types.SimpleNamespace(
+        server_urls=tuple(self.doubles),
+        renderer=python_types.SimpleNamespace(vocab_size=8),
+        router=None,
+      ),
+      self.wires,
+      dataclasses.replace(SERVING, sync_mode=self.config.mode),
+      self,
+      weights=self.weights,
+      wanted=lambda: [url for url, double in self.doubles.items() if double.listed],
+      nonce=lambda: f"nonce-{next(self._nonces)}",
+    )
+    self.task = self.loop.create_task(self._run())
     self.act("the orchestrator starts")
+
+  async def _run(self):
+    await self.serving.start()
+    await self.machine.run()
 
   def _scheduler(self, sizes):
     config = self.config
@@ -129,27 +127,25 @@ class World:
       staleness_rule=config.rule,
       batch_order=config.order,
     )
-    pools = {"easy_threshold": 1.0, "hard_threshold": 0.0, "hard_fraction": 0.5}
-    sampler = difficulty.TaskSampler(
-      sizes,
-      dict.fromkeys(sizes, 1.0),
-      difficulty.Pools(**pools, easy_fraction=0.2) if config.pools else difficulty.Pools(),
-      0,
-    )
+    pools = difficulty.Pools()
+    if POOLS[config.pools] is not None:
+      easy, hard = POOLS[config.pools]
+      pools = difficulty.Pools(
+        easy_threshold=1.0, hard_threshold=0.0, easy_fraction=easy, hard_fraction=hard
+      )
+    sampler = difficulty.TaskSampler(sizes, dict.fromkeys(sizes, 1.0), pools, SEED)
     kept = filters.Filters(zero_advantage=config.drop_zero, truncated=config.drop_truncated)
     if config.decay is None:
       return self._make(settings, sampler, kept, credit.Credit())
     moving = credit.MovingBaseline(decay=config.decay)
     return self._make(settings, sampler, kept, credit.Credit(advantage_fn=moving))
 
-  async def _sleep(self, seconds):
-    await asyncio.sleep(seconds)
-
   def _stop(self):
     """The process is gone, with all it knew."""
-    self.excuse = None
+    self.wires.cut = True
     self.task.cancel()
-    self.loop.run_until_complete(asyncio.gather(self.task, return_exceptions=True))
+    ends = asyncio.gather(self.task, self.serving.close(), return_exceptions=True)
+    self.loop.run_until_complete(ends)
     self.loop.fault = None
 
   def close(self):
@@ -164,33 +160,91 @@ class World:
     self.total = total
 
   async def _next_version(self, version):
-    while self.published <= version:
+    while True:
+      newest, lag, steps = self.published, self.config.lag, self.config.steps
+      served = serving.served_version(newest, lag=lag, steps=steps)
+      due = newest if newest == steps else max(newest - lag, 0)
+      expect(served == due, f"v{newest} is published and v{served} is to be served, due {due}")
+      if served > version:
+        return served
       self._woken.clear()
       await self._woken.wait()
-    return self.published
 
   async def _sync(self, version):
-    self.target = version
-    trying = [url for url, has in self.served.items() if has is not None]
-    self.syncing = {url: None for url in trying}
-    self.tell(f"  sync of v{version} to {trying}")
-    while None in self.syncing.values():
-      self._woken.clear()
-      await self._woken.wait()
-    ends, self.syncing = self.syncing, None
-    of = lambda end: tuple(url for url, how in ends.items() if how == end)  # noqa: E731
-    if of("fenced") and not of("ok") and not of("lost"):
-      self.excuse = "no server is left after the sync"
-    return Sync(healthy=of("ok"), lost=of("lost"), fenced=dict.fromkeys(of("fenced"), "canary"))
+    self.syncing, self.ledger.begun = True, version
+    self.tell(f" sync of v{version}")
+    try:
+      report = await self.serving.sync(version)
+    finally:
+      self.syncing = False
+    self.tell(f" sync of v{version} is over: {list(report.healthy)} have it")
+    if report.fenced and not report.healthy and not report.lost:
+      self.excuse = self.excuse or "no server is left after the sync"
+    return report
+
+  def _evaluated(self, version, row):
+    self.tell(f" evaluation of v{version}: {row}")
+    self.ledger.exams.reported(version, row, self.ledger.served)
+
+  # What the fleet tells (`inference.fleet.Watcher`): noted, judged and passed on.
+
+  def servers(self, versions):
+    """See Watcher."""
+    self._passing(self._servers, dict(versions))
+
+  def _servers(self, told):
+    self.tell(f" servers that may be used: {told}")
+    before, self.told = self.told or {}, told
+    for url, version in told.items():
+      double = self.doubles[url]
+      known = before.get(url) == version  # it may be gone since, unseen
+      sound = double.good == version and not double.paused
+      expect(known or sound, f"{url} may be used with v{version} and has {double}")
+      double.used, double.barred = double.used or double.up, ""
+      self.ledger.fenced.pop(url, None)
+    if told:
+      self.none_since.pop("server", None)
+    else:
+      self.none_since.setdefault("server", self.loop.time())
+    self.ledger.serve(max(told.values(), default=-1))
+    self.machine.servers(told)
+
+  def loads(self, loads):
+    """See Watcher."""
+    self._passing(self.machine.loads, loads)
+
+  def failed(self, url, version, reason, *, for_good):
+    """See Watcher."""
+    self._passing(self._failed, url, version, reason, for_good)
+
+  def _failed(self, url, version, reason, for_good):
+    double, fenced = self.doubles[url], self.ledger.fenced
+    double.used, double.good = False, None
+    double.barred = "fenced" if for_good else "lost"
+    self.tell(f" {url} is {double.barred}, as of v{version}")
+    fenced[url] = min(version, fenced.get(url, version))
+    self.ledger.lost(self.ledger.made_by(url, version))
+    self.machine.failed(url, version, reason, for_good=for_good)
+    self.ledger.distrust(url, version)
+
+  def _passing(self, act, *arguments):
+    try:
+      act(*arguments)
+    except Exception as error:  # kept: who calls may have nobody to tell of it
+      self._found = self._found or error
+      raise
 
   async def _commit(self, manifest):
-    attempt, asked = self._asked
+    attempt, asked = self.planned
     shards = {shard.file for shard in manifest.shards}
     due = {f"{name}_{attempt}" for name in asked}
     expect(shards == due, f"batch {manifest.step} is committed with {shards}, asked were {due}")
     items = [item for message in asked.values() for item in message.items]
     oldest = {message.oldest_version for message in asked.values()}
-    self.tell(f"  manifest of batch {manifest.step}: {[item.rollout_id for item in items]}")
+    self.tell(f" manifest of batch {manifest.step}: {[item.rollout_id for item in items]}")
+    for url, load in [made for item in items for made in self.made[item.rollout_id]]:
+      sound = load in self.doubles[url].sound
+      expect(sound, f"batch {manifest.step} is made of weights that {url} was not checked with")
     self.ledger.committed(manifest, items, oldest.pop())
     self.landing, self._manifest = self.loop.create_future(), manifest
     await self.landing
@@ -203,17 +257,25 @@ class World:
 
   def asked(self, name, message):
     """A worker was asked for its shard."""
-    if self._asked is None or self._asked[0] != message.attempt:
-      self._asked = message.attempt, {}
-    self._asked[1][name] = message
+    if self.planned is None or self.planned[0] != message.attempt:
+      self.planned = message.attempt, {}
+    self.planned[1][name] = message
 
   # Every event is an `act`.
 
   def tell(self, line):
-    self.lines.append(line)
+    """A line of the trace; one that begins with a blank is of what follows from an event."""
+    self.lines.append(f"{'':14}-> {line[1:]}" if line.startswith(" ") else line)
 
-  def act(self, line, function=None, *arguments):
-    """One event: what is done, all that follows from it, and then the rules."""
+  def tell_of(self, what, line):
+    """The same, in one line with what was just told of the same thing."""
+    if self.lines and f"-> {what[1:]}" in self.lines[-1]:
+      self.lines[-1] += f", {line}"
+    else:
+      self.tell(f"{what}{line}")
+
+  def act(self, line, function=None, *arguments, seconds=0):
+    """One event: what is done, how long it takes, all that follows from it, and then the rules."""
     self.tell(line)
     place = len(self.lines) - 1
 
@@ -221,6 +283,8 @@ class World:
       if function is not None:
         function(*arguments)
       self._woken.set()
+      if seconds:
+        await asyncio.sleep(seconds)
       while True:
         await asyncio.sleep(0)
         if not self.loop._ready:
@@ -229,21 +293,38 @@ class World:
     try:
       self.loop.run_until_complete(settle())
       self.loop.check()
-      self._check()
+      if self._found is not None:
+        raise self._found
+      history_rules.check(self)
     except Exception as error:
       self._stamp(place)
       reason = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-      raise Broken(f"{reason}\n\n{self.trace()}\nBROKEN: {reason}") from error
+      raise Broken(self.story(reason)) from error
     self._stamp(place)
 
   def _stamp(self, place):
-    row = " ".join(f"{key[:2]}={count}" for key, count in self.counts().items() if count)
-    state = f"{self.loop.time():5.0f} s  v{self.ledger.version}  {row}"
-    self.lines[place] = f"{state:<48}  {self.lines[place]}"
+    version = f"v{self.ledger.version}" if self.ledger.version >= 0 else ""
+    line = f"{self.loop.time():6.0f} s  {version:<3}   {self.lines[place]}"
+    counts = {key: count for key, count in self.counts().items() if count}
+    total = counts.pop("dispatched", 0)
+    row = " + ".join(f"{count} {key.replace('_', ' ')}" for key, count in counts.items())
+    if row != self._row:
+      line = f"{line:<72}  {total} = {row}"
+    self._row = row
+    self.lines[place] = line
 
   def trace(self):
-    """The history so far: second, newest version, accounting, event; what followed is indented."""
-    return "\n".join([f"{self.config}", *self.lines])
+    """The history so far: second, newest weights, event and what followed from it.
+
+    Where it changed: how many rollouts were dispatched, and what became of them.
+    """
+    run = f"{len(self.names)} workers, {len(self.doubles)} servers; {self.config}"
+    head = f"{'time':>8}  {'has':<4}  what happens, and what the orchestrator does -> then"
+    return "\n".join([run, head, *self.lines])
+
+  def story(self, reason, *more):
+    """The whole of it, for people."""
+    return "\n".join([f"{reason}\n\n{self.trace()}\n{'':14}BROKEN: {reason}", *more])
 
   def counts(self):
     machine = self.machine._scheduler
@@ -255,53 +336,5 @@ class World:
 
   @property
   def done(self):
-    """Whether the run has come to its end, and not to a failure."""
-    return self.over and self.task.exception() is None
-
-  def _check(self):
-    if self.over:
-      error = self.task.exception()
-      if error is None:
-        expect(self.ledger.now.next_step > self.config.steps, "the run ends before its last step")
-        return expect(self.counts()["in_flight"] == 0, f"the run ends with {self.counts()}")
-      known = self.excuse is not None and self.excuse in str(error)
-      return expect(known, f"the run ends: {type(error).__name__}: {error}; due {self.excuse}")
-    expect(self.excuse is None, f"the run goes on, due was its end: {self.excuse}")
-    counts, ledger = self.counts(), self.ledger
-    if counts:
-      version = self.machine._scheduler.version
-      expect(version == ledger.version, f"the version is {version}, due {ledger.version}")
-    if not counts or self.phase not in ("training", "done"):
-      return None
-    if ledger.now.next_step <= self.config.steps:
-      ledger.check_accounting(counts)
-      expect(counts["dispatched"] == self.total, f"{self.total} were noted, {counts} dispatched")
-    self._check_workers()
-    if self.links and self.told:
-      expect(not ledger.may_dispatch(), "a group may be dispatched, and is not")
-    if self.links and self.syncing is None and not self._writing():
-      ready = ledger.batchable() if ledger.now.next_step <= self.config.steps else []
-      expect(len(ready) < self.config.prompts, f"groups {ready} could be batched, and are not")
-    return None
-
-  def _writing(self):
-    if self.landing is not None:
-      return True
-    attempt = self._asked[0] if self._asked else None
-    for link in self.links.values():
-      unheard = [message for message in link.unheard if is_written(message)]
-      if any(message.attempt == attempt for message in [*link.writes, *unheard]):
-        return True
-    return False
-
-  def _check_workers(self):
-    if self.ledger.now.next_step > self.config.steps:
-      return
-    fates = {key: attempt.fate for key, attempt in self.ledger.attempts.items()}
-    for name, link in self.links.items():
-      held = {key for key in link.held - link.runs if fates[key] != "trained" or not self.landing}
-      due = {key for key in held if fates[key] == "finished"}
-      expect(held == due, f"{name} holds {held - due}, which nobody needs any more")
-      told = self.machine._holdings.load[name]
-      runs = len(link.runs)
-      expect(told == runs, f"{name} runs {runs}, the orchestrator thinks {told}")
+    """Whether the run has come to its end, or has no tasks left to come there."""
+    return self.over and (self.task.exception() is None or history_rules.exhausted(self))

@@ -1,81 +1,124 @@
 """What can happen to a run: the events of a history. One that does not fit the moment is none."""
 
+import functools
+
 from intellect3 import types
 from intellect3.rollouts import messages
-from tests.simulation.history import PATIENCE, SIZES, WorkerDouble, World, is_written
-from tests.simulation.history_ledger import Broken
+from tests.simulation.history import POLL, World
+from tests.simulation.history_tasks import SIZES
+from tests.simulation.history_workers import WorkerDouble, is_written
 
 DISK, WRITER = "disk full", "cannot write"
+DONE = {
+  "pause": "pauses",
+  "load": "loads v{version}",
+  "resume": "goes on",
+  "canary": "passes the canary of v{version}",
+}
+NOT_DONE = {
+  "refused": "refuses to {what}",
+  "lost": "is to {what}: no answer",
+  "unheard": ", but its answer is lost",
+  "wrong": "fails the canary of v{version}",
+}
+
+
+def _what(message):
+  if isinstance(message, messages.RolloutSummary):
+    return f"{'rollout' if message.purpose == 'train' else 'held-out'} {message.rollout_id}"
+  return f"its shard of batch {message.step}" if is_written(message) else message.reason
+
+
+def single(function):
+  """Notes an event that is not made of others, so that a history can be told again."""
+
+  @functools.wraps(function)
+  def noted(self, *arguments):
+    self.events.append((function.__name__, arguments))
+    lasts = function.__name__ in ("restart", "train", "die", "back")
+    return function(self, *arguments) if lasts or not self.over else None
+
+  return noted
 
 
 class History(World):
   """A world that things happen to. `which` chooses among what there is, modulo its number."""
 
+  def __init__(self, *arguments, **options):
+    self.events, self.finishing = [], None
+    super().__init__(*arguments, **options)
+
   # Workers.
 
+  @single
   def join(self):
     """The first worker that is not there says hello."""
     missing = [name for name in self.names if name not in self.links]
-    if self.over or not missing:
+    if not missing:
       return
     link = WorkerDouble(missing[0], self)
     self.links[link.name] = link
     self.ghosts = [(name, message) for name, message in self.ghosts if name != link.name]
-    self._alone_since.pop("worker", None)
+    self.echoes = [(name, message) for name, message in self.echoes if name != link.name]
+    self.none_since.pop("worker", None)
     hello = messages.Hello(worker=link.name, sizes=SIZES)
     self.act(f"{link.name} joins", self.machine.connected, link, hello)
 
+  @single
   def leave(self, which):
     """A worker is gone; what it had said and nobody heard may still arrive."""
-    if self.over or not self.links:
+    if not self.links:
       return
     name = sorted(self.links)[which % len(self.links)]
     link = self.links.pop(name)
     self.ghosts += [(name, message) for message in link.unheard]
-    self.ledger.lost(self.ledger.of_worker(name))
-    if not self.links and len(self.names) == self._joined():
-      self._alone_since["worker"] = self.loop.time()
+    self.ledger.left(name)
+    self.ledger.exams.left(name)
+    if not self.links and self.machine._workers_ready.is_set():  # all were there
+      self.none_since["worker"] = self.loop.time()
     self.act(f"{name} is gone", self.machine.disconnected, name)
 
-  def _joined(self):
-    """How many were there at once: patience with workers begins when all were."""
-    return len(self.names) if self.machine._workers_ready.is_set() else 0
+  @single
+  def end(self, key, reward, kind, span, late):
+    """A rollout ends, if not this one then another.
 
-  def finish(self, which, count, pattern, kind, span, late):
-    """`count` rollouts end, but for the oldest `which`: `pattern` is their rewards, bit by bit,
-    `span` the versions they saw."""
-    if self.over:
+    `span` are the versions it saw: that of its begin (old), of its end (fresh), or both.
+    """
+    running = sorted(key for link in self.links.values() for key in link.running)
+    if not running:
       return
-    running = sorted((key, name) for name, link in self.links.items() for key in link.running)
-    begin = which % max(1, len(running))
-    for place, (key, name) in enumerate(running[begin : begin + count]):
-      summary = self._summary(key, name, float(pattern >> place & 1), kind, span)
-      link = self.links[name]
-      link.running.discard(key)
-      if summary.error is None:
-        link.held.add(key)
-      versions = f"v{summary.oldest_version}-{summary.newest_version}"
-      line = f"rollout {key} ends: {summary.error or summary.reward} {kind} {versions}"
-      if late:
-        link.unheard.append(summary)
-        self.act(f"{line}, not heard of yet")
-      else:
-        self._hear(name, summary, line)
-      if self.over:
-        return
+    key = key if key in running else running[key % len(running)]
+    links = [link for link in self.links.values() if key in link.running]
+    summary = self._summary(key, reward, kind, span)
+    if summary is None:
+      return
+    links[0].running.discard(key)
+    if summary.error is None:
+      links[0].held.add(key)
+    versions = f"v{summary.oldest_version}-{summary.newest_version}"
+    line = f"rollout {key} ends: {summary.error or summary.reward} {kind} {versions}"
+    self._say(links[0], summary, line, late)
 
-  def _summary(self, key, name, reward, kind, span):
+  def _summary(self, key, reward, kind, span):
+    """None where it cannot end now: no server that it could be on makes tokens."""
     attempt = self.ledger.attempts[key]
-    newest = max(self.ledger.served, attempt.version)
-    oldest = attempt.version if span != "fresh" else newest
-    newest = newest if span != "old" else oldest
     empty = kind in ("error", "empty")
-    dispatch = attempt.dispatch
+    doubles = [double for double in self.doubles.values() if double.makes_tokens]
+    if not doubles and not empty:
+      return None
+    double = doubles[key % len(doubles)] if doubles else None
+    has = double.version if double else 0
+    oldest, newest = sorted((attempt.version, has))
+    oldest, newest = {"old": (oldest, oldest), "fresh": (has, has)}.get(span, (oldest, newest))
+    if kind == "unpublished":
+      newest = self.ledger.begun + 1
+    saw = range(oldest, newest + 1) if not empty else ()
+    self.made[key] = [(double.url, double.load_of[v]) for v in saw if v in double.load_of]
     return messages.RolloutSummary(
       rollout_id=key,
-      group_id=dispatch.group_id,
+      group_id=attempt.dispatch.group_id,
       purpose="train",
-      environment=dispatch.environment,
+      environment=attempt.dispatch.environment,
       reward=None if kind == "error" else reward,
       error="ToolBroke" if kind == "error" else None,
       truncated=kind == "truncated",
@@ -83,52 +126,101 @@ class History(World):
       sampled_tokens=0 if empty else 4 + key % 3,
       oldest_version=-1 if empty else oldest,
       newest_version=-1 if empty else newest,
-      servers=[] if empty else [self.urls[key % len(self.urls)]],
+      servers=[] if empty else [double.url],
       metrics={},
       seconds=1.0,
     )
 
+  @single
+  def score(self, which, reward, late):
+    """A held-out task is done; `reward` is None where it failed."""
+    open_ = sorted((key, name) for name, link in self.links.items() for key in link.exams)
+    if not open_:
+      return
+    key, name = open_[which % len(open_)]
+    self.links[name].exams.discard(key)
+    summary = messages.RolloutSummary(
+      rollout_id=key,
+      group_id=key,
+      purpose="eval",
+      environment=self.ledger.exams.environment(key),
+      reward=reward,
+      error=None if reward is not None else "ToolBroke",
+      truncated=False,
+      lengths=[7],
+      sampled_tokens=4,
+      oldest_version=self.ledger.served,
+      newest_version=self.ledger.served,
+      servers=[],
+      metrics={},
+      seconds=1.0,
+    )
+    self._say(self.links[name], summary, f"held-out {key} ends: {reward}", late)
+
+  def _say(self, link, message, line, late):
+    if late:
+      link.unheard.append(message)
+      self.act(f"{line}, not heard of yet")
+    else:
+      self._hear(link.name, message, line)
+
+  @single
   def hear(self, which, twice):
-    """A message that was late arrives, perhaps twice."""
+    """A message that was late arrives; perhaps it will once more."""
     links = [link for _, link in sorted(self.links.items())]
     unheard = [(link, message) for link in links for message in link.unheard]
-    if self.over or not unheard:
+    if not unheard:
       return
     link, message = unheard[which % len(unheard)]
-    kind = "a shard" if is_written(message) else f"rollout {message.rollout_id}"
     link.unheard.remove(message)
-    self._hear(link.name, message, f"{link.name} is heard late of {kind}")
-    if twice and not self.over:
-      self._hear(link.name, message, f"{link.name} is heard again of {kind}")
+    # The numbers of held-out tasks come again: an echo of one could be taken for another's.
+    if twice and getattr(message, "purpose", "train") == "train":
+      self.echoes.append((link.name, message))
+    self._hear(link.name, message, f"{link.name} is heard late of {_what(message)}")
+
+  @single
+  def echo(self, which):
+    """A message that was heard arrives again."""
+    if self.echoes:
+      name, message = self.echoes.pop(which % len(self.echoes))
+      if name in self.links:
+        self._hear(name, message, f"{name} is heard again of {_what(message)}")
 
   def _hear(self, name, message, line):
-    if not is_written(message) and name in self.links:
+    if isinstance(message, messages.WorkerFailed):
+      self.excuse = self.excuse or message.reason
+    elif not is_written(message) and message.purpose == "eval":
+      self.ledger.exams.finished(name, message)
+    elif not is_written(message):
       self.ledger.finished(name, message)
     self.act(line, self.machine.received, name, message)
 
+  @single
   def ghost(self):
     """A message arrives of a worker that is gone, or of the orchestrator's life before."""
+    self._ghost()
+
+  def _ghost(self):
     if self.over or not self.ghosts:
       return
     name, message = self.ghosts.pop(0)
-    self.act(f"{type(message).__name__} of {name}, which is gone", self._received, name, message)
-
-  def _received(self, name, message):
-    self.machine.received(name, message)
+    self.act(f"{name}, which is gone, is heard of {_what(message)}", self.machine.received, name,
+             message)  # fmt: skip
 
   # Batches.
 
+  @single
   def write(self, which, how):
-    """A worker's shard is written (`ok`), and told of later (`late`), or is not (`fails`)."""
+    """A worker's shard is written (`ok`), and told of later (`late`), or is not (`fails`), which
+    may be told of later, too (`fails late`)."""
     writes = [(link, message) for _, link in sorted(self.links.items()) for message in link.writes]
-    if self.over or not writes:
+    if not writes:
       return
     link, message = writes[which % len(writes)]
     link.writes.remove(message)
-    if how == "fails":
-      self.excuse = WRITER
+    if how.startswith("fails"):
       failed = messages.WorkerFailed(worker=link.name, reason=WRITER)
-      return self.act(f"{link.name} cannot write", self.machine.received, link.name, failed)
+      return self._say(link, failed, f"{link.name} cannot write", how == "fails late")
     shard = types.ShardEntry(
       file=f"{link.name}_{message.attempt}",
       bytes=1,
@@ -140,14 +232,12 @@ class History(World):
       step=message.step, attempt=message.attempt, worker=link.name, shard=shard
     )
     line = f"{link.name} wrote its shard of batch {message.step}"
-    if how == "late":
-      link.unheard.append(written)
-      return self.act(f"{line}, not heard of yet")
-    return self._hear(link.name, written, line)
+    return self._say(link, written, line, how == "late")
 
+  @single
   def land(self, how):
     """The manifest is on the disk (`ok`), or is not (`fails`), or is though it failed (`torn`)."""
-    if self.over or self.landing is None:
+    if self.landing is None:
       return
     landing = self.landing
     if how == "ok":
@@ -158,95 +248,101 @@ class History(World):
     self.landing = None
     return self.act(f"the manifest {how}", landing.set_exception, OSError(DISK))
 
-  # Trainer and servers.
+  def _land_unseen(self):
+    """The manifest is on the disk, but its writer does not hear of it."""
+    self._land()
+    self.untrained.append(self._manifest.step)
 
-  def train(self, count):
+  # Trainer.
+
+  @single
+  def train(self, count, damaged):
     """The trainer trains on up to `count` batches that are there, and publishes the last."""
     steps, self.untrained = self.untrained[:count], self.untrained[count:]
-    if steps:
-      self.published = max(self.published, *steps)
-      self.act(f"the trainer publishes v{self.published}")
-
-  def bring(self, which, how):
-    """A server of the sync is done: it is `ok`, `fenced` or `lost`."""
-    if self.over or self.syncing is None:
+    if not steps or max(steps) <= self.published:
       return
-    left = [url for url, end in self.syncing.items() if end is None]
-    url = left[which % len(left)]
-    if how == "ok":
-      self.served[url] = self.target
-    else:
-      self.served[url] = None
-    self.syncing[url] = how
-    self.act(f"{url} is brought v{self.target}: {how}", self._brought, url, how)
+    self.published = max(steps)
+    if damaged:
+      self.weights.damaged.add(self.published)
+    how = ", damaged" if damaged else ""
+    self.act(f"the trainer publishes v{self.published}{how}")
 
-  def _brought(self, url, how):
-    if how != "ok":
-      self._fail(url, self.target, for_good=how == "fenced")
-    self._tell_servers()
+  # Servers.
 
-  def _fail(self, url, version, *, for_good):
-    fenced = self.ledger.fenced
-    fenced[url] = min(version, fenced.get(url, version))
-    self.ledger.lost(self.ledger.made_by(url, version))
-    self.machine.failed(url, version, "canary", for_good=for_good)
-    self.ledger.distrust(url)
+  @single
+  def pause(self, which, how):
+    """A server that is to pause does, or fails as one of `history_servers.ENDS`."""
+    self._answer("pause", which, how)
 
-  def _tell_servers(self):
-    having = {url: has for url, has in self.served.items() if has is not None and has >= 0}
-    newest = max(having.values(), default=-1)
-    told = {url: has for url, has in having.items() if has == newest}
-    if told == self.told:
+  @single
+  def load(self, which, how):
+    """The same, of loading weights."""
+    self._answer("load", which, how)
+
+  @single
+  def resume(self, which, how):
+    """The same, of going on."""
+    self._answer("resume", which, how)
+
+  @single
+  def canary(self, which, how):
+    """The same, of scoring the canary."""
+    self._answer("canary", which, how)
+
+  def calls(self, what):
+    """(server, call) of those that wait."""
+    doubles = self.doubles.values()
+    return [(double, call) for double in doubles for call in double.calls if call.what == what]
+
+  def _answer(self, what, which, how):
+    calls = self.calls(what)
+    if not calls:
       return
-    self.told = told
-    if told:
-      self._alone_since.pop("server", None)
-    else:
-      self._alone_since.setdefault("server", self.loop.time())
-    for url in told:
-      self.ledger.fenced.pop(url, None)
-    self.ledger.serve(newest)
-    self.tell(f"  servers {told}")
-    self.machine.servers(told)
+    double, call = calls[which % len(calls)]
+    version = call.body.get("weight_version", double.version)
+    done = DONE[what].format(version=version)
+    told = NOT_DONE.get(how, "").format(what=what, version=version)
+    if how == "wrong" and what != "canary":
+      told = NOT_DONE["refused"].format(what=what)
+    line = done if how == "ok" else f"{done}{told}" if how == "unheard" else told
+    self.act(f"{double.url} {line}", double.end, call, how)
 
-  def server_lost(self, which, fenced):
-    """A server that serves gives no answer, or is found to have been wrong since its version."""
-    url = self.urls[which % len(self.urls)]
-    has = self.served[url]
-    if self.over or has is None or has < 0 or self._brings(url):
-      return
-    self.served[url] = None
-    self.act(f"{url} is {'fenced' if fenced else 'lost'}", self._server_lost, url, has, fenced)
+  @single
+  def die(self, which):
+    """A server's process ends."""
+    double = list(self.doubles.values())[which % len(self.doubles)]
+    if double.up:
+      self.act(f"{double.url} is gone", double.die)
 
-  def _server_lost(self, url, version, fenced):
-    if fenced:
-      self._fail(url, version, for_good=True)
-    self._tell_servers()
+  @single
+  def back(self, which, fresh):
+    """A server that is gone is started again, with the weights it had or the initial ones."""
+    gone = [double for double in self.doubles.values() if not double.up]
+    if gone:
+      double = gone[which % len(gone)]
+      version = 0 if fresh or double.mixed else double.version
+      self.act(f"{double.url} is back with v{version}", self._back, double, version)
 
-  def server_back(self, which):
-    """A server that was lost, or left the list and joins it again, has the present version."""
-    url = self.urls[which % len(self.urls)]
-    if self.over or self.target is None or self.served[url] is not None or self._brings(url):
-      return
-    self.served[url] = self.target
-    self.act(f"{url} is back with v{self.target}", self._tell_servers)
+  def _back(self, double, version):
+    double.start(version)
+    double.used = double.url in (self.told or {})
 
-  def _brings(self, url):
-    return self.syncing is not None and self.syncing.get(url, "no") is None
+  @single
+  def listing(self, which):
+    """A server leaves the list of servers, or joins it again; which is seen at the next look."""
+    double = list(self.doubles.values())[which % len(self.doubles)]
+    double.listed = not double.listed
+    double.good = None
+    self.act(f"{double.url} {'joins' if double.listed else 'leaves'} the list", seconds=POLL)
 
-  # Time.
+  # Time, and the orchestrator's own.
 
+  @single
   def wait(self, seconds):
-    """Nothing happens for a while."""
-    if self.over:
-      return
-    until = self.loop.time() + seconds
-    for since in self._alone_since.values():
-      if since + PATIENCE <= until:
-        self.excuse = self.excuse or "is left, for"
-    self.loop.run_until_complete(self._sleep(seconds))
-    self.act(f"{seconds:g} s pass")
+    """Nothing is told for a while."""
+    self.act(f"{seconds:g} s pass", seconds=seconds)
 
+  @single
   def restart(self, ghosts):
     """The orchestrator is stopped, if it was not over, and begins again from the last manifest."""
     for name, link in sorted(self.links.items()):
@@ -255,45 +351,8 @@ class History(World):
     if self.landing is not None and ghosts:
       self._land_unseen()
     self._stop()
+    self.weights.damaged.clear()
     self._start()
     self.ghosts = left
     for _ in range(len(left)):
-      self.ghost()
-
-  def _land_unseen(self):
-    """The manifest is on the disk, but its writer does not hear of it."""
-    self._land()
-    self.untrained.append(self._manifest.step)
-
-  def turn(self, rounds, which, count, pattern, span):
-    """A good while: rollouts end, see `finish`, and whatever waits is done; `rounds` times."""
-    for _ in range(rounds):
-      while self.syncing is not None and not self.over:
-        self.bring(0, "ok")
-      self.finish(which, count, pattern, "ok", span, False)
-      while not self.over and any(link.writes for link in self.links.values()):
-        self.write(0, "ok")
-      self.land("ok")
-      self.train(len(self.untrained))
-      self.wait(1.0)
-
-  def straggle(self, rounds, count, pattern, span):
-    """The oldest rollouts run on while others end, are trained on, and change the weights."""
-    self.turn(rounds, self.config.group, 1 << 10, 0x9A5C36, "fresh")
-    self.finish(0, count, pattern, "ok", span, False)
-
-  def finish_everything(self):
-    """All faults are over. The run comes to its end in bounded time, whatever went before."""
-    for turn in range(60 * (self.config.steps + 1)):
-      if self.done:
-        return
-      if self.over:
-        self.restart(False)
-      for _ in self.names:
-        self.join()
-      for index in range(len(self.urls)):
-        self.server_back(index)
-      while not self.over and any(link.unheard for link in self.links.values()):
-        self.hear(0, False)
-      self.turn(1, 0, 1 << 10, (0b1001, 0b0110, 0b0101)[turn % 3] * 0x1111, "spanning")
-    raise Broken(f"the run never ends: {self.loop.waiting()}\n\n{self.trace()}")
+      self._ghost()

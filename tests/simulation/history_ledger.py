@@ -8,21 +8,16 @@ import collections
 import copy
 import dataclasses
 
+import msgspec
 import numpy as np
 
 from intellect3.rollouts import messages
+from tests.simulation import history_tasks
+from tests.simulation.history_tasks import expect
 
 ENDED = ("trained", "filtered", "stale", "cancelled", "errored")
-OPEN = ("running", "finished")
-
-
-class Broken(AssertionError):
-  """The orchestrator has departed from a rule."""
-
-
-def expect(holds, what):
-  if not holds:
-    raise Broken(what)
+OPEN = ("waiting", "running", "finished")  # waiting: to be started again
+MOST_WORKERS = 4  # that a rollout may be lost with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,28 +34,60 @@ class Config:
   drop_zero: bool = True
   drop_truncated: bool = False
   decay: float | None = None  # of a moving baseline; None is the group's mean
-  pools: bool = False
+  pools: str = "none"  # a key of `history_tasks.POOLS`
+  evaluation: int = 0  # tasks of each environment
+  lag: int = 0  # versions that servers are kept behind
+  mode: str = "in_place"
+
+  def __str__(self):
+    groups = f"{self.prompts} x {self.group} rollouts a step, at most {self.in_flight} at once"
+    rest = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if getattr(self, field.name) != field.default
+      and field.name not in ("steps", "prompts", "group", "in_flight", "off_policy")
+    }
+    more = "".join(f", {name} {value}" for name, value in rest.items())
+    return f"{self.steps} steps, {groups}, at most {self.off_policy} steps off policy{more}"
 
 
 @dataclasses.dataclass
 class Attempt:
-  """A rollout of this life of the orchestrator."""
+  """A rollout that this life of the orchestrator knows of.
+
+  Attributes:
+    version: the oldest that it may have tokens of.
+    continued: whether it was begun by another worker or in another life.
+    past: whether it ended in another life, and is in the book for its group alone.
+  """
 
   dispatch: messages.Dispatch
   worker: str
   version: int
   fate: str = "running"
   summary: messages.RolloutSummary | None = None
+  continued: bool = False
+  past: bool = False
 
 
 @dataclasses.dataclass
 class Durable:
-  """What a restart finds again."""
+  """What a restart finds again.
+
+  Attributes:
+    dispatched: rollouts up to here are known; of later ones only how many there were.
+    kept: attempts of the groups that were open, `compared_with` and `credited` of these.
+  """
 
   next_step: int = 1
   ended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   trained: set = dataclasses.field(default_factory=set)
   baselines: dict = dataclasses.field(default_factory=dict)
+  tasks: history_tasks.Tasks | None = None
+  dispatched: int = 0
+  kept: dict = dataclasses.field(default_factory=dict)
+  compared_with: dict = dataclasses.field(default_factory=dict)
+  credited: set = dataclasses.field(default_factory=set)
 
 
 class Ledger:
@@ -69,46 +96,76 @@ class Ledger:
   def __init__(self, config):
     self.config = config
     self.dispatched = 0
-    self.landed = Durable()
+    self.past = []  # (url, version) of servers that failed, in all lives
+    self.landed = Durable(tasks=history_tasks.Tasks(config.pools))
     self.begin()
 
   def begin(self):
-    """A new life, from the last manifest that landed; all else was cancelled."""
+    """A new life, from the last manifest that landed: what was in flight is to be started again."""
     self.now = copy.deepcopy(self.landed)
-    self.now.ended["cancelled"] = self.dispatched - sum(
-      count for fate, count in self.now.ended.items() if fate != "cancelled"
-    )
     self.pending = None
     self.version = self.served = -1  # the newest that was ever served; the newest that is
-    self.attempts = {}
+    self.begun = -1  # the newest that servers may have
+    self.exams = history_tasks.Exams(self.config.evaluation)
+    self.attempts = self.now.kept  # in the order in which they were last sent to a worker
     self.groups = collections.defaultdict(list)
+    for key, attempt in sorted(self.attempts.items()):
+      self.groups[attempt.dispatch.group_id].append(key)
+    in_flight = lambda key: self.attempts[key].fate in OPEN  # noqa: E731
+    self.again = [list(filter(in_flight, keys)) for _, keys in sorted(self.groups.items())]
+    self.limbo = set(range(self.now.dispatched, self.dispatched))  # sent after that manifest
+    self.lost_with = collections.Counter()
     self.advantages = {}  # of the groups that are complete
-    self._compared_with = {}  # group -> baselines
+    self._compared_with = self.now.compared_with  # group -> baselines
     self._rewards = {}  # group -> [(agent, reward)], of groups that finished since the last commit
-    self._credited = set()
+    self._credited = self.now.credited
     self.fenced = {}
     self.distrusted = set()  # (rollout, url): it ran when the server failed
 
-  def started(self, dispatch, worker, load):
-    """A rollout was sent to a worker; `load` is what each connected worker runs."""
+  def started(self, dispatch, worker):
+    """A rollout was sent to a worker."""
     key = dispatch.rollout_id
-    expect(key not in self.attempts, f"rollout {key} is dispatched twice")
-    expect(key not in self.now.trained, f"rollout {key} was trained and is dispatched again")
-    expect(load[worker] == min(load.values()), f"{worker} gets {key} but others run fewer: {load}")
-    new = dispatch.group_id not in self.groups
-    expect(not new or self.may_dispatch(), f"group {dispatch.group_id} is dispatched too early")
-    self.attempts[key] = Attempt(dispatch, worker, self.served)
-    members = self.groups[dispatch.group_id]
-    members.append(key)
-    first = self.attempts[members[0]].dispatch
-    expect((first.environment, first.index) == (dispatch.environment, dispatch.index), "two tasks")
-    self.dispatched += 1
+    if key in self.attempts:
+      self._started_again(key, dispatch, worker)
+    else:
+      self._started(key, dispatch, worker)
     running = self.count("running")
     limit = self.config.in_flight
     expect(running <= limit, f"{running} rollouts run, at most {limit} may")
 
+  def _started_again(self, key, dispatch, worker):
+    attempt = self.attempts.pop(key)
+    expect(attempt.fate == "waiting", f"rollout {key} is dispatched twice")
+    expect(self.again[0][0] == key, f"rollout {key} is started again, due is {self.again[0]}")
+    due = msgspec.structs.replace(attempt.dispatch, continued=True)
+    expect(dispatch == due, f"{dispatch} is started again, due {due}")
+    attempt.worker, attempt.fate, attempt.continued = worker, "running", True
+    self.attempts[key] = attempt
+    del self.again[0][0]
+    self.again = [keys for keys in self.again if keys]
+
+  def _started(self, key, dispatch, worker):
+    expect(key not in self.now.trained, f"rollout {key} was trained and is dispatched again")
+    expect(not self.again, f"rollout {key} is dispatched, and {self.again} are to be started again")
+    new = dispatch.group_id not in self.groups
+    expect(not new or self.may_dispatch(), f"group {dispatch.group_id} is dispatched too early")
+    known = key in self.limbo
+    expect(dispatch.continued == known, f"rollout {key} is told to be continued, or is not")
+    expect(known or key == self.dispatched, f"rollout {key} is dispatched, due {self.dispatched}")
+    self.dispatched += not known
+    self.limbo.discard(key)
+    self.attempts[key] = Attempt(dispatch, worker, self.served, continued=known)
+    members = self.groups[dispatch.group_id]
+    members.append(key)
+    first = self.attempts[members[0]].dispatch
+    expect((first.environment, first.index) == (dispatch.environment, dispatch.index), "two tasks")
+    if new:
+      self.now.tasks.drawn(dispatch.group_id, dispatch.environment, dispatch.index)
+
   def serve(self, version):
     """The servers have this version, or there is none (-1)."""
+    if self.version < 0 <= version:
+      self.exams.due = [0] if version == 0 else []
     self.version = max(self.version, version)
     self.served = version if version >= 0 else self.served
 
@@ -121,16 +178,19 @@ class Ledger:
       g for g in sorted(self.groups) if any(self.attempts[k].fate in OPEN for k in self.groups[g])
     ]
 
-  def distrust(self, url):
+  def distrust(self, url, version):
     """A server failed: a mixture of weights may say that it is the version before."""
+    self.past.append((url, version))
     self.distrusted |= {(key, url) for key, a in self.attempts.items() if a.fate == "running"}
 
   def poisoned(self, summary):
-    return any(
-      summary.newest_version >= self.fenced.get(url, 1 << 60)
-      or (summary.rollout_id, url) in self.distrusted
-      for url in summary.servers
-    )
+    """Whether it was made by what is fenced, or of weights that nobody has published."""
+    key, oldest, newest = summary.rollout_id, summary.oldest_version, summary.newest_version
+    bad = {url for url, version in self.fenced.items() if newest >= version}
+    bad |= {url for other, url in self.distrusted if other == key}
+    if self.attempts[key].continued:
+      bad |= {url for url, version in self.past if oldest <= version <= newest + 1}
+    return newest > self.begun or not bad.isdisjoint(summary.servers)
 
   def finished(self, worker, summary):
     """A summary has arrived; says whether it counts."""
@@ -144,15 +204,28 @@ class Ledger:
     self._score(attempt.dispatch.group_id)
 
   def lost(self, keys):
-    """These were lost with their worker or their server."""
+    """These cannot be gone on with."""
     lost = [key for key in keys if self.attempts[key].fate in OPEN]
     for key in lost:
       self.attempts[key].fate, self.attempts[key].summary = "errored", None
     for group in dict.fromkeys(self.attempts[key].dispatch.group_id for key in lost):
       self._score(group)
 
-  def of_worker(self, worker):
-    return [key for key, attempt in self.attempts.items() if attempt.worker == worker]
+  def left(self, worker):
+    """A worker is gone: others go on with what it ran or held."""
+    keys = [k for k, a in self.attempts.items() if a.worker == worker and a.fate in OPEN[1:]]
+    self.lost_with.update(keys)
+    self.lost([key for key in keys if self.lost_with[key] >= MOST_WORKERS])
+    units = collections.defaultdict(list)
+    for key in keys:
+      attempt = self.attempts[key]
+      if attempt.fate in OPEN:
+        attempt.fate, attempt.summary, attempt.worker = "waiting", None, ""
+        units[attempt.dispatch.group_id].append(key)
+    self.distrusted = {(key, url) for key, url in self.distrusted if key not in keys}
+    self.again += units.values()
+    for group in units:
+      self._score(group)
 
   def made_by(self, url, version):
     return [
@@ -182,13 +255,17 @@ class Ledger:
   def _score(self, group):
     members = [self.attempts[key] for key in self.groups[group]]
     self.advantages.pop(group, None)
-    if len(members) < self.config.group or any(m.fate == "running" for m in members):
+    self.now.tasks.moves.pop(group, None)
+    if len(members) < self.config.group or any(m.fate in OPEN[:2] for m in members):
       return
     if group not in self._compared_with:
       self._compared_with[group] = dict(self.now.baselines)
     # Those that were filtered or stale have kept theirs: their rewards stay in the baseline.
     kept = [m for m in members if m.summary is not None]
     rewards = np.array([m.summary.reward for m in kept], np.float64)
+    if len(kept):
+      task = kept[0].dispatch
+      self.now.tasks.moves[group] = task.environment, task.index, float(rewards.mean())
     if group not in self._credited:
       self._rewards[group] = [(m.dispatch.environment, m.summary.reward) for m in kept]
     given = self._advantages(rewards, self._compared_with[group], kept)
@@ -232,8 +309,9 @@ class Ledger:
     config, step = self.config, self.now.next_step
     if self.version < 0 or step > config.steps:
       return False
-    if self.count("running") + config.group > config.in_flight:
-      return False
+    size = len(self.again[0]) if self.again else config.group
+    if self.again or self.count("running") + size > config.in_flight:
+      return self.count("running") + size <= config.in_flight
     return step + len(self.open_groups()) // config.prompts - 1 - self.version <= config.off_policy
 
   def committed(self, manifest, items, oldest):
@@ -264,9 +342,27 @@ class Ledger:
       self.attempts[key].fate = "trained"
     self.now.trained.update(keys)
     self._move(manifest.scheduler_state["baselines"])
+    self.now.tasks.move(manifest.scheduler_state["sampler"]["members"])
     self.now.next_step += 1
     self.pending = copy.deepcopy(self.now)
-    self.pending.ended = self.counts()
+    self.pending.ended, self.pending.dispatched = self.counts(), self._known()
+    self._keep(self.pending)
+
+  def _known(self):
+    """Rollouts before this number are known by more than it."""
+    return max([self.now.dispatched, *(key + 1 for key in self.attempts)])
+
+  def _keep(self, durable):
+    """Of groups that are open: what is in flight waits in another life, what ended is told of."""
+    groups = self.open_groups()
+    durable.kept = {}
+    for key in (key for group in groups for key in self.groups[group]):
+      attempt = dataclasses.replace(self.attempts[key], worker="", continued=True, past=True)
+      if attempt.fate in OPEN:
+        attempt.fate, attempt.summary, attempt.past = "waiting", None, False
+      durable.kept[key] = attempt
+    durable.compared_with = {g: dict(v) for g, v in self._compared_with.items() if g in groups}
+    durable.credited = {group for group in self._credited if group in groups}
 
   def _move(self, told):
     """Baselines after all rewards since the last commit; compared with the manifest's."""
@@ -292,7 +388,9 @@ class Ledger:
 
   def counts(self):
     """How many ended how, over all lives."""
-    here = collections.Counter(a.fate for a in self.attempts.values() if a.fate in ENDED)
+    here = collections.Counter(
+      a.fate for a in self.attempts.values() if a.fate in ENDED and not a.past
+    )
     return self.now.ended + here
 
   def check_accounting(self, counts):
@@ -301,7 +399,7 @@ class Ledger:
     due = {
       "dispatched": self.dispatched,
       **{fate: ended[fate] for fate in ENDED},
-      "in_flight": self.count("running") + self.count("finished"),
+      "in_flight": sum(map(self.count, OPEN)) + len(self.limbo),
     }
     total = sum(value for key, value in counts.items() if key != "dispatched")
     expect(counts["dispatched"] == total, f"dispatched != ended + in flight: {counts}")

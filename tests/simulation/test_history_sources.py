@@ -36,6 +36,8 @@ ALLOWED = {
   ),
   ("inference/tensor_sync.py", "thread asyncio.to_thread"): "the same, of buckets of tensors",
   ("rl/serving.py", "thread asyncio.to_thread"): "the same, of reading a manifest",
+  ("rollouts/journal.py", "thread asyncio.to_thread"): "the same, of the journal; a port",
+  ("rollouts/holdings.py", "order of summary.servers"): "a list, of the name of a set beside it",
   ("rl/outside.py", "thread asyncio.to_thread"): "the production disk, a port of the lab's",
   ("rl/outside.py", "chance secrets.token_hex"): (
     "the production nonce of a canary's cache key, a port; the lab's comes from its seed"
