@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -17,6 +18,13 @@ T = TypeVar("T")
 
 _RESOLUTION = 1e-9
 """Seconds: timers up to so far ahead are due."""
+_ROUNDS = 1_000_000
+"""Of calls at one virtual second, after which it is taken to go on so for ever."""
+
+
+def resolution(now: float) -> float:
+  """Seconds that timers must be apart at `now` to be told from each other."""
+  return 2.0 * max(_RESOLUTION, math.ulp(now))
 
 
 class Stuck(RuntimeError):
@@ -106,11 +114,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
   def _run_once(self) -> None:
     """Round after round until `stop`: what was asked for in the last one, then the timers due."""
     ready, scheduled = self._ready, self._scheduled
+    rounds, second = 0, self._now
     while True:
       if not ready and not self._stopping:
         self._jump()
+      rounds += 1
+      if rounds > _ROUNDS:
+        if self._now == second:
+          raise Stuck(f"at {second:g} s it goes round and round:\n{self.waiting()}")
+        rounds, second = 0, self._now
       due = self._now + _RESOLUTION
-      while scheduled and scheduled[0][0] < due:
+      while scheduled and scheduled[0][0] <= due:
         call = heapq.heappop(scheduled)[2]
         if call.callback is not None:
           ready.append(call)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DEFAULT = "default"
+MOST_RUNNING = 1_000_000
+"""Of a server: there is a table of so many rates."""
 
 
 def _check(record: Any, table: str, bounds: Mapping[str, tuple[float, float, bool]]) -> None:
@@ -71,7 +73,7 @@ class Servers:
       {
         "count": (1, math.inf, True),
         "devices": (1, math.inf, True),
-        "max_running": (1, math.inf, True),
+        "max_running": (1, MOST_RUNNING, True),
         "cache_tokens": (0, math.inf, True),
         "seconds_per_cached_token": (0, math.inf, False),
         "prefill_tokens_per_second": (1e-9, math.inf, False),

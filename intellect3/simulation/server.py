@@ -14,10 +14,11 @@ import operator
 from collections import deque
 from collections.abc import Callable
 
-from intellect3.simulation import rates, scenario
+from intellect3.simulation import clock, rates, scenario
 
 _order = operator.attrgetter("order")
-_EPSILON = 1e-6  # of a token: rounding of the service
+_EPSILON = 1e-6  # of a token: rounding of a segment's end
+_ROUNDING = 1e-15  # of the service, which is a sum of many
 _GROUPS = 4096  # prompts that a server remembers
 
 
@@ -248,7 +249,13 @@ class Server:
     self.events += 1
     self._advance()
     heap, running = self._heap, self._running
-    reached = self._service + _EPSILON
+    if running:
+      # What comes sooner than the clock can tell from now has come: else it would ring for ever.
+      unseen = self._pace.steps(clock.resolution(self._since), len(running), self._cached)
+    else:
+      unseen = 0.0
+    unseen += _EPSILON + _ROUNDING * self._service
+    reached = self._service + unseen
     ended: list[Request] = []
     while heap and heap[0] <= reached:
       together = self._ends.pop(heapq.heappop(heap), [])
@@ -256,7 +263,7 @@ class Server:
     for request in ended:
       self._end_segment(request)
     room = self._settings.cache_tokens
-    while room and len(running) > 1 and self._cached + _EPSILON >= room:
+    while room and len(running) > 1 and self._cached + unseen * len(running) >= room:
       newest = running[next(reversed(running))]
       self._break_off(newest)
       newest.known = 0

@@ -32,6 +32,13 @@ from intellect3.simulation import (
 )
 from intellect3.simulation import settings as settings_lib
 
+HORIZON_SECONDS = 1e10
+"""Beyond which the clock's floats can no longer tell a microsecond."""
+MOST_SAMPLES = 100_000
+"""Of a timeline: then every other one is dropped, and they are taken half as often."""
+MOST_LOOKS = 1_000_000
+"""Of the fleet at a server in a row, while nothing else happens."""
+
 
 def simulate(
   run: settings_lib.RunSettings,
@@ -51,26 +58,28 @@ def simulate(
     progress: is told of each step and the virtual seconds so far.
     warm_up_steps: that the report's figures leave out; None for four times `max_off_policy_steps`,
       at least one and at most half of the run.
-    sample_seconds: virtual seconds between two entries of the report's timeline; None for none.
+    sample_seconds: virtual seconds between two entries of the report's timeline, more where it
+      would get longer than `MOST_SAMPLES`; None for no timeline.
 
   Returns:
     The report, JSON-able: `report.make` says what is in it.
 
   Raises:
     ValueError: run and scenario do not fit together.
-    clock.Stuck: nothing would ever happen again.
+    clock.Stuck: nothing would ever happen again, or not before `HORIZON_SECONDS`.
     ports.RunFailed: the run ends with a reason.
   """
   _check(run, given)
   warm_up = min(max(1, 4 * run.scheduler.max_off_policy_steps), run.steps // 2)
   if warm_up_steps is not None:
     warm_up = warm_up_steps
-  if sample_seconds is not None and not sample_seconds > 0:
-    raise ValueError(f"sample_seconds: expected more than 0, got {sample_seconds:g}")
+  if sample_seconds is not None and not sample_seconds >= 1e-3:
+    raise ValueError(f"sample_seconds: expected at least 0.001, got {sample_seconds:g}")
   if not 0 <= warm_up < run.steps:
     raise ValueError(f"warm_up_steps: expected fewer than steps ({run.steps}), got {warm_up}")
   with _rare_collections():
-    return clock.run(_Simulation(run, given, trace, progress, warm_up, sample_seconds).run())
+    simulation = _Simulation(run, given, trace, progress, warm_up, sample_seconds)
+    return clock.run(simulation.run(), horizon=HORIZON_SECONDS)
 
 
 @contextlib.contextmanager
@@ -95,14 +104,22 @@ def _check(run: settings_lib.RunSettings, given: scenario.Scenario) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Control:
   """The look that a fleet takes at its servers."""
 
   servers: Mapping[str, server.Server]
+  watch: watching.Watch
+  events: int = 0
+  looks: int = 0
 
   async def look(self, url: str) -> control.Outcome[tuple[int, load.ServerLoad]]:
-    """See ServerControl.look."""
+    """See ServerControl.look; raises Stuck where nothing else happens any more."""
+    self.looks += 1
+    if self.watch.events != self.events:
+      self.events, self.looks = self.watch.events, 0
+    if self.looks > MOST_LOOKS:
+      raise clock.Stuck(f"nothing happened in {self.looks:,} looks at servers")
     one = self.servers[url]
     told = one.version, load.ServerLoad(one.running, one.waiting, {})
     return control.Outcome(told, None, 0.0)
@@ -176,7 +193,7 @@ class _Simulation:
       evaluation_tasks=run.evaluation_tasks,
     )
     self._fleet = fleet.Fleet(
-      _Control(self._servers),  # type: ignore[arg-type]  # a fleet only looks
+      _Control(self._servers, watch),  # type: ignore[arg-type]  # a fleet only looks
       bring=self._bring,
       wanted=lambda: list(self._servers),
       watcher=self._machine,
@@ -195,9 +212,16 @@ class _Simulation:
     if self._sample_seconds is not None:
       beside.append(asyncio.ensure_future(self._sample(self._sample_seconds)))
     learning = asyncio.ensure_future(learner.run(run.steps))
+    both = asyncio.ensure_future(asyncio.gather(self._machine.run(), learning))
     try:
-      await asyncio.gather(self._machine.run(), learning)
+      await asyncio.wait([both, *beside], return_when=asyncio.FIRST_COMPLETED)
+      for task in beside:
+        if task.done():  # it only ends where it fails
+          task.result()
+      await both
     finally:
+      both.cancel()
+      await asyncio.gather(both, return_exceptions=True)
       for task in (*beside, learning):
         task.cancel()
       await asyncio.gather(*beside, learning, return_exceptions=True)
@@ -354,6 +378,9 @@ class _Simulation:
 
   async def _sample(self, seconds: float) -> None:
     while True:
+      if len(self._samples) == MOST_SAMPLES:
+        del self._samples[1::2]
+        seconds *= 2.0
       servers = self._servers.values()
       self._samples.append(
         (

@@ -88,3 +88,37 @@ def test_what_rings_at_the_same_second_keeps_its_order():
     return seen
 
   assert clock.run(main()) == [*range(30, 50), *range(30), *range(50, 60)]
+
+
+def test_late_timers_ring_though_the_clock_is_coarse_there():
+  async def main():
+    await asyncio.sleep(1e9)  # where floats are 1.2e-7 s apart
+    await asyncio.sleep(1e-9)
+    await asyncio.sleep(1.0)
+    return asyncio.get_running_loop().time()
+
+  assert clock.run(main()) == 1e9 + 1.0
+
+
+def test_who_never_lets_time_pass_is_stuck(monkeypatch):
+  monkeypatch.setattr(clock, "_ROUNDS", 1000)
+
+  async def main():
+    await asyncio.sleep(2.0)
+    for _ in range(10_000):
+      await asyncio.sleep(0)
+
+  with pytest.raises(clock.Stuck, match=r"(?s)at 2 s it goes round and round:.*main"):
+    clock.run(main())
+
+
+def test_much_at_once_is_not_stuck(monkeypatch):
+  monkeypatch.setattr(clock, "_ROUNDS", 1000)
+
+  async def main():
+    for _ in range(10):
+      for _ in range(900):
+        await asyncio.sleep(0)
+      await asyncio.sleep(1.0)
+
+  clock.run(main())

@@ -192,6 +192,22 @@ def test_who_is_withdrawn_leaves_its_place():
   assert serve(settings, play) == pytest.approx([2.0])
 
 
+@pytest.mark.parametrize("start", [0.0, 1e9])
+@pytest.mark.parametrize("rate", [1.0, 3e6])
+def test_neither_late_nor_fast_requests_ring_for_ever(start, rate):
+  """At 1e9 s the clock has steps of 1.2e-7 s, in which such a server makes a third of a token."""
+  settings = scenes.servers(
+    decode_batch=(1, 3), decode_tokens_per_second=(rate, rate), cache_tokens=400
+  )
+
+  async def play(one, now):
+    await asyncio.sleep(start)
+    return await ended(one, now, request(100), request(101), request(102, prompt=33))
+
+  times = [time - start for time in serve(settings, play)]
+  assert times == pytest.approx([300 / rate, 302 / rate, 303 / rate], rel=1e-6, abs=1e-6)
+
+
 @dataclasses.dataclass
 class Walker:
   arrives: float

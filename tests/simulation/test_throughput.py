@@ -1,6 +1,7 @@
 """The throughput simulator: runs whose times are known by hand, and what holds of every run."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -189,6 +190,14 @@ def test_a_timeline_is_sampled_where_asked_for():
   running = [sum(at) for at in timeline["running"]]
   assert running[:6] == [0, 4, 4, 4, 4, 0]  # the load until 0.25, then 2 s of four rollouts
   assert simulate()["timeline"]["seconds"] == []
+
+
+def test_a_long_timeline_is_thinned(monkeypatch):
+  monkeypatch.setattr(throughput, "MOST_SAMPLES", 40)
+  seconds = simulate(sample_seconds=0.5)["timeline"]["seconds"]
+  assert 20 <= len(seconds) <= 40 and seconds[-1] > 57.0  # of about 60 s
+  steps = {later - sooner for sooner, later in itertools.pairwise(seconds)}
+  assert steps == {2.0}
 
 
 @pytest.mark.parametrize(

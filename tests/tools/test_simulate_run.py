@@ -86,7 +86,7 @@ def test_what_cannot_run_is_one_line_and_an_exit_code(tmp_path):
     ([], SCENARIO.replace("count = 2", "count = 0"), "servers.count: expected"),
     ([], SCENARIO.replace("= 12", "= 40"), "environments.reverse_text: expected prompt_tokens"),
     (["--steps", "0"], SCENARIO, "steps: expected an integer >= 1, got 0"),
-    (["--sample-seconds", "0"], SCENARIO, "sample_seconds: expected more than 0, got 0"),
+    (["--sample-seconds", "0"], SCENARIO, "sample_seconds: expected at least 0.001, got 0"),
     (["--set", "rl.run.max_off_policy=3"], SCENARIO, "max_off_policy"),
     (["--set", "orchestrator.orchestrator.sync_mode='hurry'"], SCENARIO, "sync_mode: expected one"),
   ]
