@@ -27,6 +27,7 @@ from intellect3.rollouts.ports import RunFailed
 from intellect3.simulation import assumed, clock, scenario, scenario_file, settings, throughput
 from tools import simulated_run
 
+PLOTS = (".png", ".pdf", ".svg")
 PLOT_SECONDS = 1.0
 """Between two points of a plot, unless `--sample-seconds` says otherwise."""
 
@@ -43,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
       for name, value in (("seed", arguments.seed), ("steps", arguments.steps))
       if value is not None
     }
-    if arguments.plot is not None and (arguments.steps or run.steps) < 2:
-      raise ValueError("--plot: expected a run of at least 2 steps, got 1")
+    _check_outputs(arguments, run)
     run = dataclasses.replace(run, scheduler=dataclasses.replace(run.scheduler, **changes))
     given, notes = _scenario(arguments, run)
     if arguments.seed is not None:
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
   except (RunFailed, clock.Stuck) as error:
     print(f"the run ends: {error}", file=sys.stderr)
     return 1
-  report["wall_seconds"] = time.perf_counter() - started
+  # Apart from what is simulated, which is the same in every process.
+  report["host"] = {"wall_seconds": time.perf_counter() - started}
   report["scenario_notes"] = dict(notes)
   if arguments.json is not None:
     pathlib.Path(arguments.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
@@ -109,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     "--sample-seconds", type=float, help="virtual seconds between two entries of the timeline"
   )
   return parser
+
+
+def _check_outputs(arguments: argparse.Namespace, run: settings.RunSettings) -> None:
+  """Refuses, before anything is simulated, what could not be written after it."""
+  for flag in ("json", "trace", "plot"):
+    path = getattr(arguments, flag)
+    if path is None:
+      continue
+    if not pathlib.Path(path).parent.is_dir() or pathlib.Path(path).is_dir():
+      raise ValueError(f"--{flag}: expected a file in a directory that exists, got {path}")
+  if arguments.plot is not None:
+    if pathlib.Path(arguments.plot).suffix not in PLOTS:
+      raise ValueError(f"--plot: expected a name in one of {PLOTS}, got {arguments.plot}")
+    if (arguments.steps or run.steps) < 2:
+      raise ValueError("--plot: expected a run of at least 2 steps, got 1")
 
 
 def _scenario(
@@ -210,7 +226,7 @@ def table(report: dict[str, Any]) -> str:
       "rollouts in all",
       ", ".join(f"{name} {count:,}" for name, count in report["accounting"].items()),
     ),
-    ("simulated in", f"{report['wall_seconds']:.1f} s, {report['events']:,} events"),
+    ("simulated in", f"{report['host']['wall_seconds']:.1f} s, {report['events']:,} events"),
   ]
   if report["slow_segments"]:
     rows.append(

@@ -193,6 +193,8 @@ class Lengths:
       )
     if self.empirical:
       _numbers(self.empirical, "lengths.empirical", 1)
+      if any(length != int(length) for length in self.empirical):
+        raise ValueError(f"lengths.empirical: expected whole numbers, got {self.empirical!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,10 @@ def _planned(directory: pathlib.Path, trainer: dict[str, Any]) -> float:
   plan = directory / _path(trainer.pop("plan"), "trainer.plan")
   if "seconds_per_token" in trainer:
     raise ValueError("trainer: expected one of plan and seconds_per_token, got both")
-  report = _table(json.loads(plan.read_text(encoding="utf-8")), "trainer.plan")
+  try:
+    report = _table(json.loads(plan.read_text(encoding="utf-8")), "trainer.plan")
+  except (OSError, ValueError) as error:
+    raise ValueError(f"trainer.plan: expected the JSON of a plan, got {plan}: {error}") from error
   try:
     return float(report["predicted_step_seconds"]) / float(report["tokens_per_step"])
   except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

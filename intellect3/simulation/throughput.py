@@ -94,6 +94,11 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _check(run: settings_lib.RunSettings, given: scenario.Scenario) -> None:
+  if 0 < given.servers.cache_tokens < run.max_tokens:
+    raise ValueError(
+      f"servers.cache_tokens: expected 0 (no bound) or at least the run's max_tokens "
+      f"({run.max_tokens}), got {given.servers.cache_tokens}"
+    )
   sync = given.sync
   shortest = sync.pause_seconds + sync.load_seconds + sync.resume_seconds + sync.canary_seconds
   patience = max(run.sync_patience_seconds, 3.0 * shortest)
@@ -206,7 +211,7 @@ class _Simulation:
     for link in links:
       self._traffic.count(link.hello())
       self._machine.connected(link, link.hello())
-    beside = []
+    beside: list[asyncio.Future[None]] = []
     if len(self._balancers) > 1:
       beside.append(asyncio.ensure_future(self._fleet.watch()))
     if self._sample_seconds is not None:
@@ -214,7 +219,8 @@ class _Simulation:
     learning = asyncio.ensure_future(learner.run(run.steps))
     both = asyncio.ensure_future(asyncio.gather(self._machine.run(), learning))
     try:
-      await asyncio.wait([both, *beside], return_when=asyncio.FIRST_COMPLETED)
+      ends: list[asyncio.Future[Any]] = [both, *beside]
+      await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
       for task in beside:
         if task.done():  # it only ends where it fails
           task.result()

@@ -80,6 +80,8 @@ def test_toml_says_the_same(tmp_path):
     ("environments.math.solved", [0.5, 1.5], "environments.math.solved: .* at most 1, got"),
     ("environments.math.lengths.sigma", -1, "environments.math.lengths.sigma: expected a number"),
     ("environments.math.lengths.maximum", 0, "environments.math.lengths.maximum: expected an int"),
+    ("environments.math.lengths.empirical", [1.5, 2], "lengths.empirical: expected whole numbers"),
+    ("servers.max_running", 10**10, "servers.max_running: .* at most 1e\\+06, got 10000000000"),
     ("environments.math.lengths", 3, "environments.math.lengths: expected a table, got 3"),
     ("environments.math.lengths.rollout_log", "no", "expected a RolloutLog with committed steps"),
     ("environments", {}, "environments: expected at least `default`, got none"),
@@ -110,6 +112,11 @@ def test_a_plan_tells_the_trainers_speed(tmp_path):
   assert given.trainer.seconds_per_token == 0.5
   (tmp_path / "plan.json").write_text('{"predicted_step_seconds": 30}')
   with pytest.raises(ValueError, match=r"trainer.plan: .*tokens_per_step"):
+    scenario_file.load(tmp_path / "scenario.json")
+  (tmp_path / "plan.json").unlink()
+  with pytest.raises(
+    ValueError, match=r"scenario.json: trainer.plan: .* got .*plan.json: .*No such"
+  ):
     scenario_file.load(tmp_path / "scenario.json")
 
 

@@ -208,6 +208,11 @@ def test_a_long_timeline_is_thinned(monkeypatch):
       {"sync": scenario.Sync(load_seconds=1.0, spread_seconds=50.0)},
       "sync.spread_seconds: .*29",
     ),
+    (
+      {},
+      {"servers": scenes.servers(cache_tokens=1999)},
+      "servers.cache_tokens: .* at least the run's max_tokens \\(2000\\), got 1999",
+    ),
     ({"max_tokens": 8}, {}, "environments.coin: .* max_tokens \\(8\\), got 8"),
     ({"environment_weights": {"dice": 1.0}}, {}, "weights: expected the environments"),
     ({"sync_mode": "hurry"}, {}, "sync_mode: expected one of"),

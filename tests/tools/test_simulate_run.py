@@ -74,7 +74,7 @@ def test_the_same_bytes_in_every_process_and_no_jax(tmp_path):
     traces.append(trace.read_bytes())
     reports.append(json.loads(report.read_text()))
   assert traces[0] == traces[1] and traces[0].count(b"\n") > 1000
-  assert [report.pop("wall_seconds") > 0 for report in reports] == [True, True]
+  assert [report.pop("host")["wall_seconds"] > 0 for report in reports] == [True, True]
   assert reports[0] == reports[1]
   assert (reports[0]["steps"], reports[0]["seed"]) == (5, 3)
   assert "trainer idle" in done.stdout and "trained 1,280" in done.stdout
@@ -87,6 +87,10 @@ def test_what_cannot_run_is_one_line_and_an_exit_code(tmp_path):
     ([], SCENARIO.replace("= 12", "= 40"), "environments.reverse_text: expected prompt_tokens"),
     (["--steps", "0"], SCENARIO, "steps: expected an integer >= 1, got 0"),
     (["--sample-seconds", "0"], SCENARIO, "sample_seconds: expected at least 0.001, got 0"),
+    (["--json", "/no such/x.json"], SCENARIO, "--json: expected a file in a directory that exists"),
+    (["--plot", "/no such/x.png"], SCENARIO, "--plot: expected a file in a directory that exists"),
+    (["--trace", "/no such/x"], SCENARIO, "--trace: expected a file in a directory that exists"),
+    (["--plot", "x.xyz"], SCENARIO, "--plot: expected a name in one of ('.png', '.pdf', '.svg')"),
     (["--set", "rl.run.max_off_policy=3"], SCENARIO, "max_off_policy"),
     (["--set", "orchestrator.orchestrator.sync_mode='hurry'"], SCENARIO, "sync_mode: expected one"),
   ]
