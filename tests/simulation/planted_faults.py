@@ -1,4 +1,4 @@
-"""Faults put into the production code by hand, which the fault lab has to find.
+"""Faults put into the production code by hand, which the fault lab has to find (`planted_table`).
 
 Each is what somebody might write, and what a test of one part might not see.
 """
@@ -9,7 +9,6 @@ import dataclasses
 import msgspec
 import numpy as np
 from array_record.python import array_record_module
-from quiet_worlds import fault, plan
 
 from intellect3 import rollout_log, types
 from intellect3.inference import continuation, fleet, protocol, routed_experts, weight_sync
@@ -18,6 +17,7 @@ from intellect3.rollouts import (
   accounting,
   difficulty,
   holdings,
+  journal,
   messages,
   orchestrator,
   scheduler,
@@ -79,9 +79,12 @@ def dispatches_are_not_kept(monkeypatch):
   monkeypatch.setattr(outside.LogOnDisk, "dispatched", lambda self, total: None)
 
 
-def a_resume_counts_what_ran(monkeypatch):
-  """What was in flight when the orchestrator died stays in flight."""
-  monkeypatch.setattr(accounting.Accounting, "cancel_lost", lambda self, dispatched: None)
+def a_resume_forgets_what_ran(monkeypatch):
+  """What was dispatched since the last batch was never dispatched, after a restart."""
+  restore = scheduler.Scheduler.restore
+  monkeypatch.setattr(
+    scheduler.Scheduler, "restore", lambda self, state, dispatched: restore(self, state, 0)
+  )
 
 
 def nobody_looks_for_weights(monkeypatch):
@@ -91,7 +94,7 @@ def nobody_looks_for_weights(monkeypatch):
 
 def a_broken_load_is_believed(monkeypatch):
   """What runs where a load broke off is taken at its server's word."""
-  monkeypatch.setattr(holdings.Holdings, "distrust", lambda self, url: None)
+  monkeypatch.setattr(holdings.Holdings, "distrust", lambda self, url, version: None)
 
 
 def old_weights_are_told(monkeypatch):
@@ -203,12 +206,31 @@ def what_is_trained_counts_as_cancelled(monkeypatch):
 
 def a_resume_numbers_groups_anew(monkeypatch):
   """After a restart the first groups are dispatched again."""
-  restore = scheduler.Scheduler.restore
+  restore = scheduler.Scheduler._restore
   monkeypatch.setattr(
     scheduler.Scheduler,
-    "restore",
+    "_restore",
     lambda self, state: restore(self, {**state, "next_group": 0}),
   )
+
+
+def a_result_is_kept_later(monkeypatch):
+  """A rollout goes on before its tool's result is on the disk."""
+
+  async def later(self, path, result):
+    self._keep(journal._Effect(path, result))
+
+  monkeypatch.setattr(journal._Kept, "keep_effect", later)
+
+
+def journals_are_not_read(monkeypatch):
+  """Whoever takes a rollout over begins it again."""
+  monkeypatch.setattr(journal, "read", lambda path: [])
+
+
+def distrust_ends_with_the_process(monkeypatch):
+  """A restart trusts what a server made while its weights were a mixture."""
+  monkeypatch.setattr(outside.LogOnDisk, "distrusted", lambda self, url, version: None)
 
 
 def a_batch_lacks_a_group(monkeypatch):
@@ -315,58 +337,3 @@ def a_refusal_leaves_out_the_lost(monkeypatch):
       self._members = members
 
   monkeypatch.setattr(fleet.Fleet, "refuse", of_present)
-
-
-CUT_OFF = [fault(4.0, "server_cut_off", server, 25.0) for server in (0, 1)]
-LATE = [fault(4.0, "worker_late", number, 20.0) for number in (0, 1)]
-
-PLANTED = (
-  # Contract 2: stale tokens, and tokens of weights that did not make them.
-  (stale_is_kept, "contract 2", 139),
-  (the_lag_is_not_kept, "contract 2", 32),
-  (no_canary, "contract 2", 8),
-  (a_segment_has_one_version, "contract 2", 0),
-  (a_continuation_forgets, "contract 2", 0),
-  (a_broken_load_is_believed, "contract 2", plan(fault(4.0, "load_fails"), *LATE)),
-  (experts_are_one_token_late, "experts", 1),
-  # Contract 3: each rollout once.
-  (dispatches_are_not_kept, "contract 3", 8),
-  (a_resume_counts_what_ran, "contract 3", 8),
-  (a_resume_numbers_groups_anew, "contract 3: rollout 0 is trained twice", 8),
-  (a_dispatch_that_comes_twice_runs_twice, "contract 3: a rollout was sent", 40),
-  (a_summary_that_comes_twice_counts_twice, "contract 3", 40),
-  (what_is_trained_counts_as_cancelled, "contract 3: 4 rollouts are in batches", 0),
-  (a_batch_lacks_a_group, "groups, got", 0),
-  # Contract 4: what was given is what is trained on.
-  (a_failure_is_a_zero, "contract 4", 1),
-  (the_advantage_is_logged_as_the_reward, "contract 4", 0),
-  # Pools.
-  (pools_are_not_kept, "sampled again", 84),
-  (pools_move_the_wrong_way, "its groups were", plan(pools="easy")),
-  # Versions only grow.
-  (
-    old_weights_are_told,
-    "versions",
-    plan(fault(2.0, "server_slow", 0, 30.0), fault(5.4, "server_restarted_stale", 1, 3.0, "0")),
-  ),
-  (a_version_is_told_too_high, "is the newest", 0),
-  # Half a file is no file.
-  (a_cut_batch_is_trusted, "in the log", plan(fault(1.0, "shard_cut"))),
-  (a_batch_is_committed_before_it_is_written, "no fault excuses", 0),
-  (damaged_weights_are_sent, "no fault excuses", plan(fault(1.0, "weights_cut"))),
-  # A full disk ends the run.
-  (a_full_disk_is_kept_quiet_by_a_worker, "stuck", plan(fault(3.14, "disk_full", 0, 0.5))),
-  (
-    a_full_disk_is_kept_quiet_by_the_orchestrator,
-    "is committed after",
-    plan(fault(3.4398, "disk_full", 0, 0.04)),
-  ),
-  # Nothing waits for ever.
-  (nobody_looks_for_weights, "stuck", 0),
-  (
-    a_refusal_leaves_out_the_lost,
-    "stuck",
-    plan(fault(5.0, "weights_cut"), *CUT_OFF, train_seconds=12.0),
-  ),
-)
-"""The fault, what the lab says, and a seed or a schedule that shows it."""

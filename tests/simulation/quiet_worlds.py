@@ -29,6 +29,7 @@ def plan(*faults, seed=1, **changes):
     weights_lag=0,
     pools="",
     turns=2,
+    journal_seconds=0.5,
   )
   faults = sorted(faults, key=lambda fault: fault.at)
   return schedule.Schedule(seed, schedule.World(**{**world, **changes}), faults)

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 
+import planted_faults
 import pytest
-from planted_faults import PLANTED
+from planted_table import PLANTED
 from quiet_worlds import fault, plan
 
 from intellect3.simulation.faults import coverage, lab, schedule, strikes, trainer
@@ -108,7 +109,7 @@ def test_a_wait_for_what_never_comes_is_found(monkeypatch):
 def test_the_tool_tells_of_failing_seeds_and_replays_one(monkeypatch, capsys):
   assert fault_lab.main(["--schedules", "3"]) == 0
   assert "3 schedules" in capsys.readouterr().out
-  PLANTED[4][0](monkeypatch)
+  planted_faults.a_continuation_forgets(monkeypatch)
   assert fault_lab.main(["--seed", "0", "--schedules", "1"]) == 1
   assert "--seed 0 --trace" in capsys.readouterr().out
   assert fault_lab.main(["--seed", "0", "--trace"]) == 1

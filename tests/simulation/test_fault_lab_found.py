@@ -208,10 +208,34 @@ def test_tokens_of_a_mixture_are_not_trained_on_where_workers_hear_late():
   assert outcome.end == "trained" and "load_fails" in outcome.felt
 
 
-def test_a_list_without_servers_at_the_start_is_waited_for_only_so_long():
-  away = [fault(0.0, "server_unlisted", server, 1e6) for server in (0, 1)]
-  outcome = lab.run_plan(plan(*away))
-  assert outcome.ok and "no server is left, for 90 s" in outcome.end
+def test_a_list_without_servers_is_told_of_so_that_the_wait_is_bounded():
+  # Found by reading: where no server ever was in the list nobody heard that there is none.
+  async def main():
+    servers, told = Servers(), Told()
+    book = make_fleet(servers, told)
+    synced = await book.sync(1)
+    await book.close()
+    return synced, told.versions
+
+  assert clock.run(main()) == ([], [{}])
+
+
+def test_a_refused_version_fences_a_lost_server_too():
+  async def main():
+    servers, told = Servers(a="0"), Told()
+    book = make_fleet(servers, told)
+    await book.sync(1)
+    watch = asyncio.ensure_future(book.watch())
+    servers.labels[A] = "0"
+    await asyncio.sleep(2.1)
+    assert book.states[A].startswith("lost")
+    refused = book.refuse(2, "damaged")
+    await asyncio.sleep(60.0)
+    watch.cancel()
+    await book.close()
+    return [result.url for result in refused], told.versions
+
+  assert clock.run(main()) == ([A], [{A: 1}, {}])
 
 
 def test_a_server_that_fails_every_rollout_does_not_keep_a_run_for_ever():

@@ -4,8 +4,9 @@ Judged from outside: from what environments gave, what servers really had, what 
 and what lies on the disk. Contract 2: staleness of every trained token within its bound, no token
 of weights that were not yet there, each stamped with the weights that made it. Contract 3: the
 identity of the accounting at every moment, no rollout trained twice, none dispatched and not
-counted. Contract 4: what failed is in no batch. Experts are of the token and place they stand at,
-and difficulty pools hold what was earned (`pools`).
+counted. Contract 4: what failed is in no batch. Contract 7: no tool is called again whose result
+is kept. Experts are of the token and place they stand at, and difficulty pools hold what was earned
+(`pools`).
 """
 
 import collections
@@ -17,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from intellect3 import types
-from intellect3.rollouts import accounting, conversation, messages, scheduler
+from intellect3.rollouts import accounting, conversation, groups, messages
 from intellect3.simulation.faults import pools, schedule, truth
 
 REWARDS = (0.25, 0.5, 0.75, 1.0)
@@ -32,7 +33,6 @@ REASONS: Mapping[str, Sequence[str]] = {
   r"no server is left": _SERVER_FAULTS,
   r"no server after \d+ s": _SERVER_FAULTS,
   r"groups ended since the last batch with nothing to train": _SERVER_FAULTS,
-  r"worker \w+ is gone|no worker is there": ("worker_killed", "workers_killed"),
   r"trainer: .*(bytes|crc32|records): expected": ("shard_cut",),
 }
 """How a run may end before its last step, and which faults excuse it."""
@@ -53,6 +53,8 @@ class Ledger:
     self.rewards: dict[int, list[float]] = {}
     self.posted = 0
     self._sent: collections.Counter[int] = collections.Counter()
+    self._journaled: dict[int, int] = {}  # rollouts, by what names them to their environment
+    self._kept: set[tuple[int, int]] = set()  # (rollout, tool)
     self.trained: dict[int, int] = {}
     self.committed: dict[int, types.Manifest] = {}
     self._batches: dict[int, int] = {}
@@ -81,6 +83,26 @@ class Ledger:
         f"contract 3: a rollout was sent {self._sent[key]} times, {len(self.rewards[key])} attempts"
       )
 
+  def acted(self, key: int, number: int) -> None:
+    """A rollout's tool is called."""
+    name = self._journaled.get(key, -1)
+    if (name, number) in self._kept:
+      raise self._breach(
+        f"contract 7: rollout {name}, tool {number}: it is called again, its result was used"
+      )
+
+  def went_on(self, key: int, number: int) -> None:
+    """A rollout has its tool's result; with a journal it is on the disk now."""
+    name = self._journaled.get(key, -1)
+    if (name, number) in self._kept:
+      self.felt.add("results of tools from a journal")
+    if name >= 0 and self._world.journal_seconds is not None:
+      self._kept.add((name, number))
+
+  def let_go(self, rollout_ids: Collection[int]) -> None:
+    """Nothing of these is kept any longer; a restart that goes on before may begin them again."""
+    self._kept = {each for each in self._kept if each[0] not in rollout_ids}
+
   def published(self, version: int) -> None:
     """The trainer published a version."""
     if version != self._published + 1:
@@ -100,11 +122,15 @@ class Ledger:
 
   def dispatched(self, dispatch: messages.Dispatch) -> None:
     """A rollout is sent to a worker."""
-    self._sent[rollout_key(random.Random(conversation.derive_seed(dispatch.seed, "random")))] += 1
+    key = rollout_key(random.Random(conversation.derive_seed(dispatch.seed, "random")))
+    self._sent[key] += 1
+    if dispatch.continued:
+      self.felt.add("rollouts gone on with by another process")
     if dispatch.purpose != "train":
       self.felt.add("evaluation rollouts")
       return
-    self.posted += 1
+    self._journaled[key] = dispatch.rollout_id
+    self.posted += not dispatch.continued
     wrong = self._pools.dispatched(dispatch)
     if wrong is not None:
       raise self._breach(wrong)
@@ -115,6 +141,8 @@ class Ledger:
       raise self._breach(
         f"contract 4: rollout {summary.rollout_id}: error {summary.error}, reward {summary.reward}"
       )
+    if summary.error is not None:
+      self.let_go([summary.rollout_id])
     if summary.purpose == "train":
       self._pools.summarized(summary)
 
@@ -219,7 +247,7 @@ class Ledger:
   def _key(self, record: types.TrajectoryRecord) -> int:
     sample = record.rollout_id % self._world.rollouts_per_prompt
     index = int(record.task_id.rpartition("/")[2])
-    seed = scheduler.rollout_seed(self._seed, record.environment, index, record.group_id, sample)
+    seed = groups.rollout_seed(self._seed, record.environment, index, record.group_id, sample)
     return rollout_key(random.Random(conversation.derive_seed(seed, "random")))
 
   # The end.

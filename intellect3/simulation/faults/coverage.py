@@ -9,6 +9,8 @@ from intellect3.simulation.faults.lab import Outcome
 FELT = (
   "evaluation rollouts",
   "half a batch file that is not committed",
+  "half a record of a journal",
+  "journals written",
   "message: a request comes twice",
   "message: a request is done after its sender gave up",
   "message: lost with its connection",
@@ -17,6 +19,8 @@ FELT = (
   "message: news out of order",
   "message: news twice",
   "orchestrator ended with rollouts in flight",
+  "results of tools from a journal",
+  "rollouts gone on with by another process",
   "rollouts of several branches",
   "rollouts of several turns",
   "stale tokens masked",
@@ -35,7 +39,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
   "orchestrator killed, resumed": ("orchestrator_killed",),
   "messages late, lost, twice": ("worker_late", "worker_twice", "answers_lost"),
   "disk full, slow": ("disk_full", "disk_slow"),
-  "a file half written": ("shard_cut", "weights_cut"),
+  "a file half written": ("writer_killed", "shard_cut", "weights_cut"),
 }
 """Kinds of faults by what they are about; every kind is in one."""
 
@@ -92,6 +96,7 @@ def dimensions(world: schedule.World) -> dict[str, str]:
     "deterministic order": yes(world.deterministic),
     "routed experts": yes(world.routed_experts),
     "difficulty pools": world.pools or "none",
+    "journal after seconds": f"{world.journal_seconds}",
     "turns at most": f"{world.turns}",
     "evaluation tasks": f"{world.evaluation_tasks}",
     "servers": f"{world.num_servers}",

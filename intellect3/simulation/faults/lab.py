@@ -153,7 +153,7 @@ class Lab:
       log=world.Log(self.disk, self.ledger, life.point),
       servers=self._listed,
       reporter=world.Reporter(life.note),
-      nonce=self._nonce,
+      nonce=self.nonce,
     )
     life.task = asyncio.ensure_future(conducting.conduct(parts, beyond, life.open_door))
     try:
@@ -209,6 +209,8 @@ class Lab:
       shape.turns,
       contracts.tasks_of(shape),
       attempted=self.ledger.attempted,
+      acted=self.ledger.acted,
+      went_on=self.ledger.went_on,
       felt=self.felt,
     )
     return roles.Shared(
@@ -232,9 +234,10 @@ class Lab:
       self.felt("server_unlisted")
     return [url for url in self.servers if url not in self.unlisted]
 
-  def _nonce(self) -> str:
+  def nonce(self) -> str:
+    """A word that nobody has said before."""
     self._nonces += 1
-    return f"nonce{self._nonces}"
+    return f"{self._nonces:08d}"
 
   # The trainer.
 

@@ -45,10 +45,12 @@ class Judge:
   def dispatched(self, dispatch: messages.Dispatch) -> str | None:
     """A rollout is sent; returns what is wrong with that."""
     group = self._groups.get(dispatch.group_id)
-    if group is None or dispatch.sample == 0:
+    if group is None or (dispatch.sample == 0 and not dispatch.continued):
       self._groups[dispatch.group_id] = _Group(dispatch.index)
     may_have_moved = dispatch.index in self._told[0] | self._told[1]
-    if self._pools is None or may_have_moved or len(self._members) >= self._tasks:
+    if self._pools is None or dispatch.continued or may_have_moved:
+      return None
+    if len(self._members) >= self._tasks:
       return None
     fraction = {"easy": self._pools.easy_fraction, "hard": self._pools.hard_fraction}
     pool = self._members.get(dispatch.index)

@@ -35,6 +35,8 @@ class Surroundings(Protocol):
 
   def felt(self, what: str) -> None: ...
 
+  def nonce(self) -> str: ...
+
 
 class Life:
   """One orchestrator process, from its start to its end; also the door to it."""
@@ -65,7 +67,7 @@ class Life:
     """Ends the process at once."""
     if self.alive:
       self._lab.note("lab", f"the orchestrator is killed: {why}")
-      if why == "a fault" or why.startswith("at "):
+      if why.startswith(("a fault", "at ")):
         self._lab.felt("orchestrator_killed")
       if self.scheduler is not None and self.scheduler.accounting.in_flight:
         self._lab.felt("orchestrator ended with rollouts in flight")
@@ -134,14 +136,14 @@ class Life:
   def make_worker(self, index: int) -> link.MakeWorker:
     """The factory of one worker, of `rl.worker`."""
     if self.shared.num_workers:
-      return lambda send: self._build(index, self.connection, lambda: self.alive, send)
+      return lambda send: self._build(index, self.connection, self._writer(), send)
 
     def make(send: Callable[[messages.FromWorker], None]) -> worker.Worker:
       def spied(message: messages.FromWorker) -> None:
         self.spy(message)
         send(message)
 
-      made = self._build(index, self.connection, lambda: self.alive, spied)
+      made = self._build(index, self.connection, self._writer(), spied)
       handle = made.handle
 
       def hear(message: messages.ToWorker) -> None:
@@ -154,19 +156,22 @@ class Life:
 
     return make
 
+  def _writer(self) -> world.Writer:
+    return world.Writer(lives=lambda: self.alive, die=lambda: self.kill("a fault, as it writes"))
+
   def _build(
     self,
     index: int,
     connection: transport.Transport,
-    lives: Callable[[], bool],
+    writer: world.Writer,
     send: Callable[[messages.FromWorker], None],
   ) -> worker.Worker:
     async def write_shard(
       path: pathlib.Path, records: Iterable[types.TrajectoryRecord]
     ) -> types.ShardEntry:
-      if not (lives() and self.point("shard.before")):
+      if not (writer.lives() and self.point("shard.before")):
         await asyncio.Event().wait()  # the dead do not go on, and say nothing
-      entry = await self._lab.disk.write_shard(path, records, lives)
+      entry = await self._lab.disk.write_shard(path, records, writer)
       self.point("shard.after")
       return entry
 
@@ -182,7 +187,10 @@ class Life:
       timeout_seconds=20.0,
       grace_seconds=3.0,
       wait_seconds=60.0,
+      journal_seconds=self._lab.plan.world.journal_seconds,
       make_transport=lambda: connection,
+      nonce=self._lab.nonce,
+      beside_disk=self._lab.disk.beside(writer),
       write_shard=write_shard,
       show_samples=False,
     )
@@ -199,7 +207,8 @@ class Life:
     self, process: "Process", send: Callable[[messages.FromWorker], None]
   ) -> worker.Worker:
     """The worker of a process of its own."""
-    return self._build(process.index, process.connection, lambda: process.alive, send)
+    writer = world.Writer(lives=lambda: process.alive, die=process.die)
+    return self._build(process.index, process.connection, writer, send)
 
   def kill_worker(self, number: int, seconds: float, why: str = "worker_killed") -> bool:
     """Kills a worker's process, or with none but its own the orchestrator."""
@@ -257,6 +266,8 @@ class Life:
         )
       case messages.Dispatch():
         ledger.dispatched(message)
+      case messages.Forget(rollout_ids=ids) | messages.Cancel(rollout_ids=ids):
+        ledger.let_go(ids)
       case messages.Servers():
         ledger.told(message)
         self.note("orchestrator", f"servers {dict(message.versions)}")

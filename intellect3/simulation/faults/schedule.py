@@ -35,6 +35,7 @@ class World:
     weights_lag: versions that servers are kept behind.
     pools: difficulty pools: none, `easy` (what is solved is left out) or `both` (with shares).
     turns: of a rollout at most; with three there are several branches.
+    journal_seconds: see `rl.worker`; None keeps no journal.
   """
 
   steps: int
@@ -60,6 +61,7 @@ class World:
   weights_lag: int
   pools: str
   turns: int
+  journal_seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,11 +118,13 @@ KINDS = {
   "disk_slow": 1.0,
   "shard_cut": 0.3,
   "weights_cut": 0.3,
+  "writer_killed": 1.5,
 }
 """What goes wrong, and how often it is drawn."""
 
 POINTS = (
   "log.dispatched",
+  "log.distrusted",
   "log.commit.before",
   "log.commit.after",
   "shard.before",
@@ -159,6 +163,7 @@ def draw(seed: int) -> Schedule:
     weights_lag=rng.randrange(off_policy + 1) if rng.random() < 0.3 else 0,
     pools=rng.choice(("", "", "easy", "both")),
     turns=rng.choice((1, 2, 2, 4)),
+    journal_seconds=rng.choice((None, 0.0, 0.5, 5.0)),
   )
   length = 6.0 + world.steps * (world.train_seconds + 4.0)
   faults = [_fault(rng, length, world) for _ in range(rng.choice((0, 1, 2, 3, 4, 6)))]
@@ -176,6 +181,8 @@ def _fault(rng: random.Random, length: float, world: World) -> Fault:
   elif kind == "server_restarted_stale":
     plain = (f"0 {servers.PLAIN}",) if world.routed_experts else ()
     detail = rng.choice(("0", "0", "default", "1", "40", *plain))
+  elif kind == "writer_killed":
+    detail = "shard" if world.journal_seconds is None else rng.choice(("shard", "journal"))
   elif kind in ("answers_lost", "worker_twice"):
     detail = str(rng.randrange(1, 6))
   return Fault(

@@ -65,6 +65,8 @@ def strike(lab: "Lab", fault: schedule.Fault) -> bool:
       loop.call_later(fault.seconds, setattr, lab.disk, "slow", 1.0)
     case "shard_cut":
       lab.disk.cut_next_shard = True
+    case "writer_killed":
+      lab.disk.kill_writer = fault.detail
     case "weights_cut":
       lab.disk.cut_next_weights = True
     case _:

@@ -2,11 +2,12 @@
 
 import asyncio
 import errno
+import functools
 import os
 import pathlib
 import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from intellect3.simulation.faults import contracts
 from intellect3.weights import manifest as manifests
 
 HALF_A_FILE = "half a batch file that is not committed"
+HALF_A_JOURNAL = "half a record of a journal"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Chat:
     turns: at most so many; a rollout of three or more begins a new branch at its third.
     tasks: of each split.
     attempted: is told of each score, under the rollout's name.
+    acted: is told that a tool is called, with its number.
+    went_on: is told that the rollout has the tool's result.
     felt: is told that an attempt failed, and of turns.
     name: in the run's mix.
   """
@@ -36,6 +40,8 @@ class Chat:
   turns: int
   tasks: int
   attempted: Callable[[int, float], None]
+  acted: Callable[[int, int], None]
+  went_on: Callable[[int, int], None]
   felt: Callable[[str], None]
   name: str = "chat"
 
@@ -61,14 +67,17 @@ class Chat:
     if fails and not rounds:
       raise ValueError("the verifier broke")
 
-    async def tool() -> str:
-      await asyncio.sleep(0.1 + conversation.random.random())
+    async def tool(number: int, seconds: float) -> str:
+      self.acted(key, number)
+      await asyncio.sleep(seconds)
       if fails:
         raise RuntimeError("the tool broke")
       return "ok"
 
     for number in range(rounds):
-      result = await conversation.effect("tool", tool)
+      seconds = 0.1 + conversation.random.random()
+      result = await conversation.effect("tool", functools.partial(tool, number, seconds))
+      self.went_on(key, number)
       message = {"role": "tool", "content": result}
       # Other tools: what was said so far begins a branch of its own.
       reply = await conversation.send([message], tools=() if number else None)
@@ -78,6 +87,14 @@ class Chat:
     reward = contracts.REWARDS[zlib.crc32(reply.content.encode()) % len(contracts.REWARDS)]
     self.attempted(key, reward)
     return base.Score(reward=reward)
+
+
+@dataclass(frozen=True)
+class Writer:
+  """A process that writes: whether it lives, and what ends it."""
+
+  lives: Callable[[], bool]
+  die: Callable[[], None]
 
 
 class Disk:
@@ -97,6 +114,8 @@ class Disk:
     self._note, self._felt = note, felt
     self.full = False
     self.slow = 1.0
+    self.kill_writer = ""
+    """Who next writes so (`shard`, `journal`) ends in the middle of it."""
     self.cut_next_shard = False
     self.cut_next_weights = False
 
@@ -113,23 +132,61 @@ class Disk:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   async def write_shard(
-    self,
-    path: pathlib.Path,
-    records: Iterable[types.TrajectoryRecord],
-    lives: Callable[[], bool],
+    self, path: pathlib.Path, records: Iterable[types.TrajectoryRecord], writer: Writer
   ) -> types.ShardEntry:
-    """Writes a shard: half of it, then the rest, unless the disk is full or its writer is dead."""
+    """Writes a shard: half of it, then the rest, unless the disk is full or its writer ends."""
     await self.pause()
     entry = rollout_log.write_shard(path, records)
     whole = self._halve(path)
-    await self.pause()
-    if self.full or not lives():
-      self._note("disk", f"{path.name} is half there")
-      self._felt(HALF_A_FILE)
-    self.check_room()
-    if lives():
-      self._restore(path, whole)
+    written = False
+    try:
+      self._kill(writer, "shard")
+      await self.pause()
+      self.check_room()
+      written = writer.lives()
+    finally:
+      if written:
+        self._write(path, whole)
+      else:
+        self._note("disk", f"{path.name} is half there")
+        self._felt(HALF_A_FILE)
     return entry
+
+  def beside(self, writer: Writer) -> Callable[..., Awaitable[Any]]:
+    """What a worker's journal does its work with; of one that ends it does half, or nothing."""
+
+    async def act(function: Callable[..., Any], path: pathlib.Path, *data: bytes) -> Any:
+      await self.pause()
+      if not writer.lives():
+        await asyncio.Event().wait()
+      if not data:
+        return function(path)
+      self.check_room()
+      before = self._size(path)
+      function(path, *data)
+      self._felt("journals written")
+      appended = before > 0 and self._size(path) == before + len(data[0])
+      written = False
+      try:
+        if appended:
+          self._kill(writer, "journal")
+        await self.pause()
+        written = writer.lives()
+      finally:
+        if not written and appended:
+          os.truncate(path, before + len(data[0]) // 2)
+          self._note("disk", f"{path.name} has half a record")
+          self._felt(HALF_A_JOURNAL)
+      if not written:
+        await asyncio.Event().wait()
+
+    return act
+
+  def _kill(self, writer: Writer, what: str) -> None:
+    if self.kill_writer == what:
+      self.kill_writer = ""
+      self._felt("writer_killed")
+      writer.die()
 
   def cut_shard(self, manifest: types.Manifest) -> None:
     """Loses the end of a batch's file, if that is due."""
@@ -149,15 +206,19 @@ class Disk:
       self._note("disk", f"v{version} is half there")
 
   @staticmethod
+  def _write(path: pathlib.Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+  @staticmethod
+  def _size(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+  @staticmethod
   def _halve(path: pathlib.Path) -> bytes:
     """Leaves the first half of a file; returns all that it was."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     return content
-
-  @staticmethod
-  def _restore(path: pathlib.Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 class Log:
@@ -174,7 +235,7 @@ class Log:
     self._disk = disk
     self._ledger = ledger
     self._point = point
-    self._real = outside.LogOnDisk(disk.root / "rollouts")
+    self._real = outside.LogOnDisk(disk.root / "rollouts", disk.root / "journal")
 
   def left(self) -> outside.Left:
     """See Log."""
@@ -202,6 +263,17 @@ class Log:
     if self._point("log.dispatched"):
       self._disk.check_room()
       self._real.dispatched(total)
+
+  def distrusted(self, url: str, version: int) -> None:
+    """See Log."""
+    if self._point("log.distrusted"):
+      self._disk.check_room()
+      self._real.distrusted(url, version)
+
+  def complete(self) -> None:
+    """See Log."""
+    if self._point("log.complete"):
+      self._real.complete()
 
 
 class Weights(outside.WeightsOnDisk):
