@@ -1,4 +1,4 @@
-"""The journal's benchmark measures what it says: bytes where a journal is written, none elsewhere."""
+"""The journal's benchmark measures what it says: bytes where one is written, none elsewhere."""
 
 import json
 

@@ -133,6 +133,7 @@ async def _measure(arguments: argparse.Namespace, seconds: float | None) -> tupl
   """CPU seconds and bytes written, a rollout."""
   ended: asyncio.Queue[messages.FromWorker] = asyncio.Queue()
   pool = Pool(arguments.tokens, arguments.segments, arguments.experts)
+  written: list[int] = []
   with tempfile.TemporaryDirectory() as name:
     directory = pathlib.Path(name)
 
@@ -153,7 +154,11 @@ async def _measure(arguments: argparse.Namespace, seconds: float | None) -> tupl
 
     def journals(failed: Any) -> journal.Store:
       assert seconds is not None
-      return journal.Store(directory, owner="one", seconds=seconds, failed=failed)
+      return journal.Store(directory, owner="one", seconds=seconds, failed=failed, act=act)
+
+    async def act(function: Any, path: pathlib.Path, *data: bytes) -> Any:
+      written.extend(map(len, data))
+      return await asyncio.to_thread(function, path, *data)
 
     working = worker.Worker(
       "worker",
@@ -171,13 +176,16 @@ async def _measure(arguments: argparse.Namespace, seconds: float | None) -> tupl
       working.handle(_dispatch(rollout_id))
     for _ in range(count):
       await ended.get()
-    written = sum(path.stat().st_size for path in _journals(directory))
+    before = -1
+    while sum(written) != before:  # what is written beside has not ended with its rollout
+      before = sum(written)
+      await asyncio.sleep(0.05)
     working.handle(messages.Forget(rollout_ids=range(count)))
     while _journals(directory):  # noqa: ASYNC110 - until they are removed, in threads
       await asyncio.sleep(0.01)
     spent = time.process_time() - started
     await working.close()
-  return spent / count, written // count
+  return spent / count, sum(written) // count
 
 
 def _journals(directory: pathlib.Path) -> list[pathlib.Path]:
