@@ -23,7 +23,7 @@ import gin
 
 from experiments import gin_config
 from intellect3.rl import inference
-from intellect3.simulation import reality, sweep, throughput
+from intellect3.simulation import reality, sweep, throughput, waits
 from tools import simulated_run
 
 CONFIGS = pathlib.Path("experiments/configs/runs")
@@ -123,6 +123,16 @@ def compare(
       key.removesuffix("/train"): size for key, size in run.sizes.items() if key.endswith("/train")
     },
   )
+  rows = reality.rows_of(run_dir, "orchestrator", measured)
+  print("looking for how long messages took", file=sys.stderr)
+  delay = waits.message_seconds(
+    run,
+    given,
+    running=reality.running(rows),
+    ended_per_second=reality.ended_per_second(rows),
+  )
+  clients = dataclasses.replace(given.clients, message_seconds=delay)
+  given = dataclasses.replace(given, clients=clients)
   report = throughput.simulate(
     sweep.with_steps(run, steps),
     given,
@@ -193,6 +203,9 @@ def table(result: Mapping[str, Any]) -> str:
     f"{trainer['seconds_per_token'] * 1e6:.1f} us a token to train, "
     f"{trainer['gather_seconds'] * 1e3:.1f} ms to publish and {trainer['write_seconds'] * 1e3:.0f} "
     f"ms to write; a sync takes {sum(sync.values()) * 1e3:.0f} ms, {still * 1e3:.0f} of them still",
+    f"a server computes {given['servers']['max_running']} rollouts at once; a batch is picked up "
+    f"after {trainer['read_seconds'] * 1e3:.0f} ms, a message takes "
+    f"{given['clients']['message_seconds'] * 1e3:.0f} ms",
     "",
     "| | predicted | measured | error | where it was measured |",
     "| --- | --- | --- | --- | --- |",

@@ -9,13 +9,17 @@ What is measured, and from where:
     decode rate      rollout_seconds_mean R against rollouts running n (metrics/orchestrator.jsonl),
                      R = idle + n / served by least squares, without the time servers stood still;
                      where n hardly varied, n / served
+    at once          rollouts_spanning_versions: those that a sync found between their first token
+                     and their last; the others waited before the one or after the other
     weight sync      weight_sync/*_seconds and weight_sync_seconds, likewise
-    trainer          step_seconds over tokens, publish_seconds, weights/*_seconds, and the shortest
-                     waits (the batch lay ready) for reading (metrics/trainer.jsonl)
+    trainer          step_seconds over tokens, publish_seconds, weights/*_seconds; for reading, how
+                     long after its commit a batch was begun (`pickup_seconds`)
+    messages         how many of the rollouts in flight ran at a worker: `waits.message_seconds`
     lengths, tasks   the RolloutLog's records
 
-The servers' queue and prefill, the clients and the environments' own time are all in R, and have no
-part of their own.
+The servers' prefill, the clients' and the environments' own time are all in R, and have no part of
+their own. Where servers were never idle, n / served is what the run made: then the step's time
+follows from it nearly by itself, and shares and staleness are what is put to the test.
 """
 
 import dataclasses
@@ -38,6 +42,8 @@ FREE = 1e12
 """Tokens a second of what R contains already."""
 TABLE = 12
 """Places of the decode table."""
+FEW = 0.5
+"""Share of rollouts that span versions, up to which their number tells how many run at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +132,7 @@ def measured(
     run_dir: of a run that wrote `rollout_seconds_mean`.
     steps: to look at; leave those out that compile.
     num_servers: of the run.
-    max_running: requests that each server computes at once; the rest waits in its queue, and
-      gets its first token from newer weights than it was dispatched under.
+    max_running: requests that each server computes at once at most; see `at_once`.
     tasks: training tasks by environment.
 
   Returns:
@@ -141,6 +146,7 @@ def measured(
   found = service(orchestrator)
   sync = _sync(orchestrator)
   tokens = _mean(orchestrator, "sampled_length_mean")
+  max_running = at_once(orchestrator, num_servers=num_servers, most=max_running)
   batch = np.unique(np.geomspace(1, max_running, TABLE).round())
   publish = _mean(trainer, "publish_seconds")
   waited = _mean(trainer, "weights/wait_seconds")
@@ -159,7 +165,7 @@ def measured(
     trainer=scenarios.Trainer(
       fixed_seconds=_mean(trainer, "checkpoint_seconds"),
       seconds_per_token=_total(trainer, "step_seconds") / _total(trainer, "tokens"),
-      read_seconds=float(np.quantile(_column(trainer, "wait_seconds"), 0.05)),
+      read_seconds=pickup_seconds(run_dir, steps),
       gather_seconds=publish - waited,
       write_seconds=_mean(trainer, "weights/write_seconds"),
     ),
@@ -172,21 +178,23 @@ def service(rows: Rows) -> Service:
   """Fits R = idle + n / served to the orchestrator's rows.
 
   R and n are averaged over blocks of steps, each weighted by its rollouts; the share of the time
-  in which servers stood still for a sync is taken out of R, since it is simulated by itself.
+  in which servers stood still is taken out of R, since it is simulated by itself: once a step, for
+  a row tells of its syncs what they took, not how many they were.
 
   Raises:
     ValueError: a metric is missing.
   """
   running, seconds = [], []
+  stood = [_stood_still(row) for row in rows if "weight_sync_seconds" in row]
+  stood_still = float(np.mean(stood)) if stood else 0.0
   for block in np.array_split(np.arange(len(rows)), min(BLOCKS, len(rows))):
     some = [rows[index] for index in block]
     window = _total(some, "collect_seconds")
-    busy = [row for row in some if row["sampled_tokens"] > 0]  # in others no rollout ended
-    if not busy:
+    if not any(row["sampled_tokens"] > 0 for row in some):  # no rollout ended
       continue
-    ended = _column(busy, "sampled_tokens") / _column(busy, "sampled_length_mean")
-    spent = float(np.dot(ended, _column(busy, "rollout_seconds_mean")))
-    still = sum(_stood_still(row) for row in some) / window
+    ended, each = _ended(some)
+    spent = float(np.dot(ended, each))
+    still = stood_still * len(some) / window
     running.append(spent / window)
     seconds.append(spent / ended.sum() * max(0.0, 1 - still))
   slope, idle = 0.0, 0.0
@@ -197,8 +205,70 @@ def service(rows: Rows) -> Service:
   return Service(float(idle), 1 / float(slope), running, seconds)
 
 
+def at_once(rows: Rows, *, num_servers: int, most: int) -> int:
+  """Requests that a server computes at once.
+
+  Each sync makes those span two versions that have their first token and not their last. Where
+  nearly all do, as with long rollouts, that tells nothing: then it is `most`.
+
+  Args:
+    rows: the orchestrator's.
+    num_servers: of the run.
+    most: that each server has room for.
+  """
+  spanning, rollouts = _mean(rows, "rollouts_spanning_versions"), _mean(rows, "batch_rollouts")
+  if spanning > FEW * rollouts:
+    return most
+  return min(most, max(1, round(spanning / num_servers)))
+
+
+def pickup_seconds(run_dir: pathlib.Path, steps: Collection[int]) -> float:
+  """From a batch's commit to the begin of its step, where the trainer waited for it.
+
+  Trainer and orchestrator each tell how long their steps took, one after the other. The clocks are
+  set so that the quickest pick-up takes as long as the trainer's shortest waits (the batch lay
+  ready, and was read).
+
+  Args:
+    run_dir: of the run.
+    steps: to average over.
+  """
+  rows = {
+    role: telemetry.read_metrics(telemetry.metrics_path(run_dir, role))
+    for role in ("trainer", "orchestrator")
+  }
+  ended = np.cumsum(_column(rows["trainer"], "loop_seconds"))
+  waited = _column(rows["trainer"], "wait_seconds")
+  begun = ended - _column(rows["trainer"], "loop_seconds") + waited
+  committed = np.cumsum(_column(rows["orchestrator"], "collect_seconds"))
+  chosen = np.isin([row["step"] for row in rows["trainer"]], sorted(steps))
+  apart = (begun - committed)[chosen]
+  ready = float(np.quantile(waited[chosen], 0.05))
+  idle = waited[chosen] > 2 * ready
+  if not idle.any():
+    return ready
+  return ready + float(np.mean(apart[idle] - apart[idle].min()))
+
+
+def running(rows: Rows) -> float:
+  """Rollouts that ran at the workers, on average, by Little's law: those of each that ended."""
+  return float(np.dot(*_ended(rows)) / _total(rows, "collect_seconds"))
+
+
+def ended_per_second(rows: Rows) -> float:
+  """Rollouts that ended well."""
+  return float(_ended(rows)[0].sum() / _total(rows, "collect_seconds"))
+
+
+def _ended(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+  """Rollouts that ended in each row in which some did, and the seconds of one."""
+  busy = [row for row in rows if row["sampled_tokens"] > 0]
+  ended = _column(busy, "sampled_tokens") / _column(busy, "sampled_length_mean")
+  return ended, _column(busy, "rollout_seconds_mean")
+
+
 def _stood_still(row: Mapping[str, Any]) -> float:
-  """Seconds of a row's last sync in which a server decoded nothing."""
+  """Seconds of one of a row's syncs in which a server decoded nothing."""
   return row.get("weight_sync/load_seconds", 0.0) + row.get("weight_sync/resume_seconds", 0.0)
 
 

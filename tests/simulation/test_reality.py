@@ -39,6 +39,8 @@ def orchestrator_row(step):
     "rollout_seconds_mean": seconds,
     "rollouts_running": running,
     "staleness_mean": 1.0 + step % 2,
+    "batch_rollouts": 256.0,
+    "rollouts_spanning_versions": 256.0,
     "weight_sync_seconds": 0.3,
     "weight_sync/pause_seconds": 0.01,
     "weight_sync/load_seconds": 0.07,
@@ -154,6 +156,63 @@ def test_steps_in_which_no_rollout_ended_count_as_time_alone():
   idle = {"step": 31, "collect_seconds": 5.0, "sampled_tokens": 0, "sampled_length_mean": 4.0}
   assert reality.service([*rows, idle]).running[0] == pytest.approx(rows[0]["rollouts_running"])
   assert len(reality.service([idle, *rows]).running) == reality.BLOCKS
+
+
+def test_servers_stand_still_once_a_step_whatever_the_rows_tell():
+  """A row has the median of its syncs: one with none beside one with two is two steps' syncs."""
+  rows = [
+    {
+      key: value
+      for key, value in orchestrator_row(step).items()
+      if step % 2 or not key.startswith("weight_sync")
+    }
+    for step in range(1, STEPS + 1)
+  ]
+  found = reality.service(rows)
+  assert found.idle_seconds == pytest.approx(IDLE, rel=0.05)
+  assert found.rollouts_per_second == pytest.approx(PER_SECOND, rel=0.05)
+
+
+def test_those_that_a_sync_cuts_in_two_are_those_at_once():
+  def rows(*spanning):
+    return [
+      {"step": step, "batch_rollouts": 40.0, "rollouts_spanning_versions": float(count)}
+      for step, count in enumerate(spanning)
+    ]
+
+  assert reality.at_once(rows(12, 4, 8), num_servers=2, most=64) == 4
+  assert reality.at_once(rows(12, 4, 8), num_servers=1, most=6) == 6
+  assert reality.at_once(rows(0, 0, 0), num_servers=1, most=64) == 1
+  # Of long rollouts nearly all are cut, and tell nothing.
+  assert reality.at_once(rows(36, 40, 28), num_servers=1, most=64) == 64
+
+
+def test_a_batch_is_picked_up_after_its_commit(tmp_path):
+  """Steps of a second. The third pick-up is the quickest: it takes as long as reading alone."""
+  (tmp_path / "metrics").mkdir()
+  waits, commits = (0.5, 0.7, 0.4, 0.1), (0.1, 1.1, 2.1, 3.1)
+  trainer = [
+    {"step": step + 1, "loop_seconds": 1.0, "wait_seconds": wait} for step, wait in enumerate(waits)
+  ]
+  orchestrator = [
+    {"step": step + 1, "collect_seconds": seconds}
+    for step, seconds in enumerate(np.diff(commits, prepend=0.0).tolist())
+  ]
+  for name, rows in (("trainer", trainer), ("orchestrator", orchestrator)):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics" / f"{name}.jsonl").write_text(text)
+  ready = 0.1 + 0.15 * 0.3  # the 5% quantile of four waits
+  # The fourth batch lay ready. The others are begun 0.4, 0.6 and 0.3 s after their commits.
+  expected = ready + (0.1 + 0.3 + 0.0) / 3
+  assert reality.pickup_seconds(tmp_path, range(1, 5)) == pytest.approx(expected)
+  assert reality.pickup_seconds(tmp_path, [3]) == pytest.approx(0.4)
+
+
+def test_how_many_ran_and_ended(run_dir):
+  rows = reality.rows_of(run_dir, "orchestrator", range(1, STEPS + 1))
+  assert reality.running(rows) == pytest.approx(np.mean([row["rollouts_running"] for row in rows]))
+  ended = np.mean([row["sampled_tokens"] / 4.0 for row in rows])
+  assert reality.ended_per_second(rows) == pytest.approx(ended)
 
 
 def test_halves_alternate_and_share_no_step():
