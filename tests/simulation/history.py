@@ -171,6 +171,9 @@ class World:
       await self._woken.wait()
 
   async def _sync(self, version):
+    if self.ledger.begun < 0:  # what a life before left paused goes on before anything else
+      held = [d.url for d in self.doubles.values() if d.up and d.paused and not d.ended]
+      expect(not held, f"{held} are still paused from a life before")
     self.syncing, self.ledger.begun = True, version
     self.tell(f" sync of v{version}")
     try:
@@ -195,6 +198,7 @@ class World:
   def _servers(self, told):
     self.tell(f" servers that may be used: {told}")
     before, self.told = self.told or {}, told
+    expect(len(set(told.values())) <= 1, f"servers of several versions may be used: {told}")
     for url, version in told.items():
       double = self.doubles[url]
       known = before.get(url) == version  # it may be gone since, unseen

@@ -89,6 +89,12 @@ class Durable:
   compared_with: dict = dataclasses.field(default_factory=dict)
   credited: set = dataclasses.field(default_factory=set)
 
+  def copy(self):
+    """One that changes alone."""
+    values = {name: copy.copy(value) for name, value in vars(self).items()}
+    kept = {key: dataclasses.replace(attempt) for key, attempt in self.kept.items()}
+    return Durable(**{**values, "kept": kept, "tasks": self.tasks.copy()})
+
 
 class Ledger:
   """See the module's docstring."""
@@ -102,7 +108,7 @@ class Ledger:
 
   def begin(self):
     """A new life, from the last manifest that landed: what was in flight is to be started again."""
-    self.now = copy.deepcopy(self.landed)
+    self.now = self.landed.copy()
     self.pending = None
     self.version = self.served = -1  # the newest that was ever served; the newest that is
     self.begun = -1  # the newest that servers may have
@@ -344,7 +350,7 @@ class Ledger:
     self._move(manifest.scheduler_state["baselines"])
     self.now.tasks.move(manifest.scheduler_state["sampler"]["members"])
     self.now.next_step += 1
-    self.pending = copy.deepcopy(self.now)
+    self.pending = self.now.copy()
     self.pending.ended, self.pending.dispatched = self.counts(), self._known()
     self._keep(self.pending)
 

@@ -5,6 +5,7 @@ when a batch is committed, in the order of the dispatches.
 """
 
 import collections
+import copy
 import random
 
 SIZES = {"coin/train": 11, "word/train": 5, "coin/eval": 2, "word/eval": 4}
@@ -35,6 +36,13 @@ class Tasks:
     self._ever = set()  # what was once in a pool
     self._draws = collections.Counter()  # of normal tasks
     self.moves = {}  # group -> environment, index, mean reward; entered with the next commit
+
+  def copy(self):
+    """One that changes alone."""
+    other = copy.copy(self)
+    other.pool, other.moves = dict(self.pool), dict(self.moves)
+    other._ever, other._draws = set(self._ever), collections.Counter(self._draws)
+    return other
 
   def _of(self, environment, pool):
     tasks = [(environment, index) for index in range(self._sizes[environment])]

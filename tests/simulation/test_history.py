@@ -163,6 +163,7 @@ class Histories(stateful.RuleBasedStateMachine):
     config=configs, workers=st.integers(1, 3), servers=st.integers(1, 2), up=st.booleans()
   )
   def begin(self, config, workers, servers, up):
+    self.drawn["histories"] += 1
     self.given = {"config": config, "workers": workers, "servers": servers, "make": self.make}
     self.history = History(**self.given)
     for _ in range(workers if up else 0):
