@@ -85,6 +85,7 @@ class Orchestrator:
     self._collecting = False
     self._window = reports.Window()
     self._done: asyncio.Future[None] | None = None
+    self._failure: str | None = None
     self._workers_ready = asyncio.Event()
 
   # Messages in. Each returns at once; whatever follows is done by `_pump`.
@@ -206,6 +207,8 @@ class Orchestrator:
   async def run(self) -> None:
     """Runs until the last step is trained and evaluated; raises RunFailed with the reason."""
     self._done = asyncio.get_running_loop().create_future()
+    if self._failure is not None:  # while the servers were waited for
+      self._done.set_exception(RunFailed(self._failure))
     self._ports.status("waiting for workers", {})
     main = asyncio.ensure_future(self._main())
     try:
@@ -391,5 +394,6 @@ class Orchestrator:
 
   def _fail(self, reason: str) -> None:
     logger.error("%s", reason)
+    self._failure = self._failure or reason
     if self._done is not None and not self._done.done():
       self._done.set_exception(RunFailed(reason))

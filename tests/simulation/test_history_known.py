@@ -228,3 +228,16 @@ def test_an_evaluation_counts_what_failed_and_scores_it_not(begin, rewards):
   assert history.phase == "training" and history.ledger.exams.told == [0]
   history.finish_everything()
   assert history.ledger.exams.told == [0, 3]
+
+
+def test_a_worker_that_fails_while_the_servers_are_waited_for_ends_the_run():
+  history = History(Config(), workers=1, servers=1)
+  try:
+    history.join()
+    failed = messages.WorkerFailed(worker="worker_0", reason="no such environment")
+    history.machine.received("worker_0", failed)
+    history.excuse = "no such environment"
+    history.bring(0)  # it goes on, and the run begins
+    assert history.over and "worker_0: no such environment" in str(history.task.exception())
+  finally:
+    history.close()
