@@ -185,7 +185,7 @@ def table(report: dict[str, Any]) -> str:
     (
       "step",
       f"mean {step['mean']:,.1f} s, median {step['p50']:,.1f}, p90 {step['p90']:,.1f}"
-      + (f", drift {drift['step_seconds']:+.1%}" if (drift := report["drift"]) else ""),
+      + (f"; drift {drift['seconds_per_token']:+.1%}" if (drift := report["drift"]) else ""),
     ),
     ("trainer idle", f"{report['trainer_idle_share']:.1%}"),
     (

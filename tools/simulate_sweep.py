@@ -9,8 +9,8 @@ Sweeps (`--only` picks some): split (of the nodes between trainer and servers), 
 answer hangs on lengths and rates), updates (in flight or not), timeline (a picture of steps of the
 whole cluster). A node has as many devices as a server. --shrink simulates a part of batch and
 cluster, in that part of the time. Of each run --steps are measured, after --warm-up or four times
-its bound on staleness, whichever is more; `drift` is what the steps of their second half take above
-the first's. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has
+its bound on staleness, whichever is more; `drift` is what the second half of them takes for a token
+above the first. Writes DIR/NAME.json and MARK_NAME.png; --into puts the tables of all that DIR has
 between the page's lines `<!-- MARK -->` and `<!-- /MARK -->`. Progress goes to stderr. Exit code 1:
 some run does not reach its last step (the others are in the table); 2: something is not fit.
 """
@@ -108,11 +108,13 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float], str]]] = (
   ("drift", "drift", "{:+.1%}".format),
   ("trainer idle", "trainer_idle_share", "{:.0%}".format),
   ("servers idle", "inference_idle_share", "{:.0%}".format),
+  ("running on each", "running_per_server", "{:.0f}".format),
   ("staleness: tokens", "token_staleness", "{:.2f}".format),
   ("rollouts", "rollout_staleness", "{:.2f}".format),
   ("dropped", "stale_share", "{:.2%}".format),
   ("longest tenth", "longest_stale_share", "{:.1%}".format),
   ("tokens masked", "masked_token_share", "{:.2%}".format),
+  ("tokens/s", "trained_tokens_per_second", "{:,.0f}".format),
 )
 
 
@@ -330,10 +332,16 @@ def tables(directory: pathlib.Path) -> str:
       "| --- " * (len(COLUMNS) + 1) + "|",
     ]
     for row in result["rows"]:
-      cells = [form(row[key]) for _, key, form in COLUMNS]
+      whole = {**row, "trained_tokens_per_second": _tokens(row, result)}
+      cells = [form(whole[key]) for _, key, form in COLUMNS]
       lines.append("| " + " | ".join([_whole(row, result), *cells]) + " |")
     parts.append("\n".join(lines))
   return "\n\n".join(parts)
+
+
+def _tokens(row: Mapping[str, Any], result: Mapping[str, Any]) -> float:
+  """Trained a second, of the whole cluster."""
+  return row["trained_tokens_per_second"] * result["shrink"]
 
 
 def _warm_ups(result: Mapping[str, Any]) -> str:

@@ -51,8 +51,8 @@ def make(
     inference_paused_share, inference_prefill_share: standing still for weights, prefilling.
     step_seconds: mean, median, p90 of the time from the end of a training step to the next one's,
       and by_step, which the warm-up is part of.
-    drift: of the second half of the measured steps against the first: step_seconds and
-      rollout_staleness (relative), stale_share (difference). Far from 0: not settled.
+    drift: of the second half of the measured steps against the first: seconds_per_token (of the
+      batches; relative) and rollout_staleness, stale_share (differences). Far from 0: not settled.
     staleness: token_mean, max and histogram (shares) of the trained tokens; rollout_mean: of each
       rollout's oldest token, as the run's metric `staleness_mean`.
     stale_share, masked_token_share, filtered_share; by_length_decile: of the rollouts that were
@@ -95,7 +95,7 @@ def make(
       **_spread(by_step[warm_up:], ("mean", "p50", "p90")),
       "by_step": by_step.tolist(),
     },
-    "drift": _drift(watch.rows, by_step.tolist(), warm_up),
+    "drift": _drift(watch, ends, warm_up),
     "staleness": _staleness(watch, warm_up),
     **_losses(watch.outcomes[begun.outcomes : done.outcomes]),
     "errored_share": ended["errored"] / max(1, sum(ended.values())),
@@ -162,28 +162,28 @@ def _spread(values: Any, names: Sequence[str]) -> dict[str, float]:
   }
 
 
-def _drift(
-  rows: Mapping[int, Mapping[str, float]], by_step: Sequence[float], warm_up: int
-) -> dict[str, float]:
-  """Second half against first; an odd number of steps leaves the one in the middle out."""
-  last = len(by_step)
+def _drift(watch: watching.Watch, ends: Sequence[float], warm_up: int) -> dict[str, float]:
+  """Second half against first; an odd number of steps leaves the one in the middle out.
+
+  Time is told by token: batches are drawn, and those of one half may just be longer.
+  """
+  last = len(ends) - 1
   half = (last - warm_up) // 2
   if not half:
     return {}
-  spans = (warm_up, warm_up + half), (last - half, last)
-  seconds = [float(np.mean(by_step[low:high])) for low, high in spans]
-  ages = [
-    float(np.mean([rows[s]["staleness_mean"] for s in range(a + 1, b + 1)])) for a, b in spans
-  ]
-  stale = []
-  for low, high in spans:
+  rows, paces, ages, stale = watch.rows, [], [], []
+  for low, high in ((warm_up, warm_up + half), (last - half, last)):
+    steps = range(low + 1, high + 1)
+    tokens = sum(watch.steps[step]["tokens"] for step in steps)
+    paces.append((ends[high] - ends[low]) / tokens)
+    ages.append(float(np.mean([rows[step]["staleness_mean"] for step in steps])))
     lost, kept = (
       rows[high][name] - (rows[low][name] if low else 0.0) for name in ("stale", "trained")
     )
     stale.append(lost / max(1.0, lost + kept))
   return {
-    "step_seconds": seconds[1] / seconds[0] - 1.0,
-    "rollout_staleness": ages[1] / ages[0] - 1.0 if ages[0] else 0.0,
+    "seconds_per_token": paces[1] / paces[0] - 1.0,
+    "rollout_staleness": ages[1] - ages[0],
     "stale_share": stale[1] - stale[0],
   }
 

@@ -285,20 +285,19 @@ def simulate(
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of a report that a sweep shows; `drift` is the step's, `stale_drift` that of the
-  share dropped."""
+  """The figures of a report that a sweep shows; `drift` is that of the seconds a token."""
   tenths = report["by_length_decile"]
   return {
     "warm_up_steps": report["warm_up_steps"],
     "step_seconds": report["step_seconds"]["mean"],
-    "drift": report["drift"].get("step_seconds", 0.0),
+    "drift": report["drift"].get("seconds_per_token", 0.0),
     "trainer_idle_share": report["trainer_idle_share"],
     "inference_idle_share": report["inference_idle_share"],
     "inference_paused_share": report["inference_paused_share"],
+    "running_per_server": report["queues"]["running_per_server"],
     "token_staleness": report["staleness"]["token_mean"],
     "rollout_staleness": report["staleness"]["rollout_mean"],
     "stale_share": report["stale_share"],
-    "stale_drift": report["drift"].get("stale_share", 0.0),
     "longest_stale_share": tenths[-1]["stale_share"] if tenths else 0.0,
     "masked_token_share": report["masked_token_share"],
     "trained_tokens_per_second": report["trained_tokens_per_second"],
