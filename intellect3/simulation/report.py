@@ -3,7 +3,7 @@
 Every figure but those said to be of the whole run leaves the warm-up out. The trainer's are of its
 steps after the warm-up, from end to end; all others are of the time from the commit of the
 warm-up's last batch to that of the run's last one (`window`). Without a warm-up both begin where
-the first server has its first weights.
+the servers have their first weights.
 """
 
 import dataclasses
@@ -64,19 +64,22 @@ def make(
     sampled_tokens_per_second, trained_tokens_per_second.
     orchestrator: messages and bytes, by kind, and per second.
     ended: rollouts by outcome. accounting: contract 3's counts, of the whole run.
-    reprefilled: tokens computed again, and all that were prefilled. slow_segments: rollouts with a
-      segment that took longer than clients wait, for which a real client would have asked again.
+    reprefilled: tokens computed again of running requests (`retracted`) and of conversations whose
+      next turn found other weights or another server (`continued`), and all that were prefilled.
+    slow_segments: rollouts with a segment that took longer than clients wait, for which a real
+      client would have asked again.
     training: marks of each step, `committed` of its batch; rows: the orchestrator's metrics of each
       step; syncs: (version, server, from, to); timeline: columns sampled at times, where asked for.
       All of the whole run.
   """
   steps = watch.steps
   last = max(steps)
-  started = watch.syncs[0][3]
-  ends = [started, *(steps[step]["ended"] for step in sorted(steps))]
+  assert watch.started is not None
+  ends = [watch.started, *(steps[step]["ended"] for step in sorted(steps))]
   trained_for = ends[-1] - ends[warm_up]
   measured = [steps[step] for step in sorted(steps) if step > warm_up]
   waited = sum(marks["begun"] - max(marks["waiting"], ends[warm_up]) for marks in measured)
+  rows = [row for step, row in watch.rows.items() if step > warm_up]
   span = done.seconds - begun.seconds
   servers = _servers(list(zip(begun.usages, done.usages, strict=True)), span)
   by_step = np.diff(ends)
@@ -96,7 +99,7 @@ def make(
       "by_step": by_step.tolist(),
     },
     "drift": _drift(watch, ends, warm_up),
-    "staleness": _staleness(watch, warm_up),
+    "staleness": _staleness(watch, rows, warm_up),
     **_losses(watch.outcomes[begun.outcomes : done.outcomes]),
     "errored_share": ended["errored"] / max(1, sum(ended.values())),
     "groups": {
@@ -109,7 +112,10 @@ def make(
     "orchestrator": _traffic(begun, done),
     "ended": ended,
     "accounting": dict(counts),
-    "reprefilled": servers["reprefilled"],
+    "reprefilled": {
+      **servers["reprefilled"],
+      "continued": sum(row["reprefilled_tokens/continued"] for row in rows),
+    },
     "slow_segments": done.slow_segments - begun.slow_segments,
     "events": events,
     "training": [
@@ -188,16 +194,17 @@ def _drift(watch: watching.Watch, ends: Sequence[float], warm_up: int) -> dict[s
   }
 
 
-def _staleness(watch: watching.Watch, warm_up: int) -> dict[str, Any]:
+def _staleness(
+  watch: watching.Watch, rows: Sequence[Mapping[str, float]], warm_up: int
+) -> dict[str, Any]:
   ages: Counter[int] = Counter()
   for step, tokens in watch.staleness.items():
     if step > warm_up:
       ages.update(tokens)
   total = ages.total()
-  rows = [row["staleness_mean"] for step, row in watch.rows.items() if step > warm_up]
   return {
     "token_mean": sum(age * count for age, count in ages.items()) / max(1, total),
-    "rollout_mean": float(np.mean(rows)),
+    "rollout_mean": float(np.mean([row["staleness_mean"] for row in rows])),
     "max": max(ages, default=0),
     "histogram": {str(age): ages[age] / total for age in sorted(ages)},
   }

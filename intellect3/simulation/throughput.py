@@ -324,7 +324,7 @@ class _Simulation:
   def _committed(self, learner: trainer.Trainer, step: int) -> None:
     learner.batch_committed(step)
     self._watch.committed(step)
-    if len(self._balancers) == 1 < len(self._links):
+    if len(self._balancers) == 1:
       self._count_loads()
     if step == self._warm_up:
       self._begun = self._mark()
@@ -353,6 +353,10 @@ class _Simulation:
     started = self._loop.time()
     await asyncio.sleep(self._given.sync.verify_seconds)
     servers = await self._fleet.sync(version)
+    if self._watch.started is None:
+      self._watch.started = self._loop.time()
+      if not self._warm_up:
+        self._begun = self._mark()
     seconds = self._loop.time() - started
     return weight_sync.report(version, self._run.sync_mode, 1.0, servers, seconds)
 
@@ -371,8 +375,6 @@ class _Simulation:
     finally:
       one.resume()
     await asyncio.sleep(sync.canary_seconds)
-    if self._begun is None and not self._warm_up:
-      self._begun = self._mark()  # from the first server's first weights: nothing is asked before
     self._watch.synced(version, url, started)
     parts = {
       "pause": sync.pause_seconds,

@@ -32,6 +32,7 @@ class Watch:
     timeout_seconds: of a segment, as clients have it.
 
   Attributes:
+    started: when the first weights had been brought to the servers; None before.
     rows: the orchestrator's metrics, by step.
     steps: of the trainer: marks on the clock, and the batch's tokens.
     commits: by step, when its batch was committed.
@@ -56,6 +57,7 @@ class Watch:
     self._timeout_seconds = timeout_seconds
     self._groups: dict[int, Group] = {}
     self._masked: dict[int, int] = {}
+    self.started: float | None = None
     self.rows: dict[int, Mapping[str, float]] = {}
     self.steps: dict[int, Mapping[str, float]] = {}
     self.commits: dict[int, float] = {}
