@@ -16,7 +16,6 @@ first come, first served, and bounded: a slot that comes free goes to whoever wa
 """
 
 import asyncio
-import functools
 import hashlib
 import math
 from collections import deque
@@ -25,6 +24,9 @@ from dataclasses import dataclass, field
 
 SPILL_FACTOR = 1.25
 """A home may be this many times as busy as the least busy server, and `spill` requests more."""
+
+_HOMES = 1024
+"""Keys whose homes a balancer remembers."""
 
 
 class NoServers(Exception):
@@ -82,11 +84,6 @@ def home_of(key: str, urls: Iterable[str]) -> str | None:
   Of the keys of a server that leaves each goes to another server of its own, and one that joins
   takes its share of all (rendezvous hashing).
   """
-  return _home_of(key, tuple(urls))
-
-
-@functools.lru_cache(maxsize=1024)  # the members of a group come one after the other
-def _home_of(key: str, urls: tuple[str, ...]) -> str | None:
   return max(
     urls,
     key=lambda url: hashlib.blake2b(f"{key}\0{url}".encode(), digest_size=8).digest(),
@@ -188,7 +185,7 @@ class Balancer:
     self._max_wait_seconds = max_wait_seconds
     self._spill = spill
     self._servers: dict[str, Server] = {}
-    self._open_urls: tuple[str, ...] | None = None  # None: not known after a change
+    self._homes: dict[str, str | None] = {}  # of the last keys, while the set stays as it is
     self._waiting: deque[_Turn] = deque()
     self._slots_given = 0
     self.set_servers(urls)
@@ -226,7 +223,7 @@ class Balancer:
       server.version = (versions or {}).get(url, server.version)
       if not server.listed and server.fenced is None and server.in_flight == 0:
         del self._servers[url]
-    self._open_urls = None
+    self._homes.clear()
     self._serve_waiting()
 
   def set_loads(self, loads: Mapping[str, tuple[int, int]]) -> None:
@@ -241,7 +238,7 @@ class Balancer:
     server = self._servers.setdefault(url, Server(url))
     if server.fenced is None:
       server.fenced = reason
-      self._open_urls = None
+      self._homes.clear()
       for request in list(server.requests):
         request.cancel()
 
@@ -249,7 +246,7 @@ class Balancer:
     """Adds a server, or lifts its fence."""
     if url not in self._servers or not self._servers[url].open:
       self._servers[url] = Server(url)
-      self._open_urls = None
+      self._homes.clear()
       self._serve_waiting()
 
   def refused(self, server: Server, seconds: float) -> None:
@@ -329,12 +326,13 @@ class Balancer:
   def _home(self, prefer: str | None, affinity: str | None) -> str | None:
     if prefer is not None and prefer in self._servers and self._servers[prefer].open:
       return prefer
-    return None if affinity is None else home_of(affinity, self._urls())
-
-  def _urls(self) -> tuple[str, ...]:
-    if self._open_urls is None:
-      self._open_urls = tuple(server.url for server in self.open)
-    return self._open_urls
+    if affinity is None:
+      return None
+    if affinity not in self._homes:  # the members of a group come one after the other
+      if len(self._homes) == _HOMES:
+        self._homes.clear()
+      self._homes[affinity] = home_of(affinity, [server.url for server in self.open])
+    return self._homes[affinity]
 
   def _choose(self, home: str | None) -> Server | None:
     return choose(

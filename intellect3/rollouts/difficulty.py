@@ -82,6 +82,7 @@ class TaskSampler:
     self._pools = pools
     self._seed = seed
     self._cursor = dict.fromkeys(self._names, 0)
+    self._epochs: dict[str, tuple[int, int, int]] = {}  # the last one used, its stride and offset
     self._members: dict[str, dict[int, str]] = {name: {} for name in self._names}
 
   def draw(self, group_id: int) -> tuple[str, int]:
@@ -124,12 +125,15 @@ class TaskSampler:
     """An affine permutation of the tasks, another one each epoch: no repetition inside an epoch."""
     size = self._sizes[name]
     epoch, position = divmod(cursor, size)
-    rng = random.Random(f"{self._seed}/epoch/{name}/{epoch}")
-    # A stride near the golden section spreads neighbours; it must share no factor with the size.
-    stride = max(1, int(size * rng.uniform(0.55, 0.68)))
-    while math.gcd(stride, size) != 1:
-      stride += 1
-    return (position * stride + rng.randrange(size)) % size
+    if self._epochs.get(name, (-1, 0, 0))[0] != epoch:
+      rng = random.Random(f"{self._seed}/epoch/{name}/{epoch}")
+      # A stride near the golden section spreads neighbours; it must share no factor with the size.
+      stride = max(1, int(size * rng.uniform(0.55, 0.68)))
+      while math.gcd(stride, size) != 1:
+        stride += 1
+      self._epochs[name] = epoch, stride, rng.randrange(size)
+    _, stride, offset = self._epochs[name]
+    return (position * stride + offset) % size
 
   def update(self, name: str, index: int, mean_reward: float) -> None:
     """Moves a task to the pool that its group's mean reward asks for."""

@@ -31,7 +31,7 @@ class Holdings:
 
   def add_worker(self, name: str) -> None:
     """A worker is there, with nothing."""
-    self._load[name] = 0
+    self._load = dict(sorted({**self._load, name: 0}.items()))  # `assign` takes the first
 
   def remove_worker(self, name: str) -> list[int]:
     """A worker is gone; returns what it ran or held, which is released."""
@@ -48,8 +48,8 @@ class Holdings:
     """
     if continued:
       self._continued.add(rollout_id)
-    fewest = min(self._load.values())
-    name = min(name for name, load in self._load.items() if load == fewest)
+    loads = list(self._load.values())
+    name = list(self._load)[loads.index(min(loads))]
     self._owner[rollout_id] = name
     self._load[name] += 1
     return name
@@ -100,8 +100,9 @@ class Holdings:
     """Servers that made any of it and were distrusted while it ran."""
     servers = self._distrusted.get(summary.rollout_id, set())
     if summary.rollout_id in self._continued:
-      oldest, newest = summary.oldest_version, summary.newest_version
-      servers = servers | {url for url, version in self._past if oldest <= version <= newest + 1}
+      # A mixture goes under any version before the one that broke off: syncs may leave some out.
+      oldest = summary.oldest_version
+      servers = servers | {url for url, version in self._past if oldest <= version}
     return [url for url in summary.servers if url in servers]
 
   def made_by(self, url: str, version: int) -> list[int]:

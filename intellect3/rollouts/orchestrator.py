@@ -150,8 +150,7 @@ class Orchestrator:
     self._note_missing("server", not versions)
     for url in versions:
       self._fenced.pop(url, None)
-    for link in self._links.values():
-      link.post(messages.Servers(versions=self._versions))
+    self._tell_all(messages.Servers(versions=self._versions))
     if self._scheduler is not None and versions:
       self._scheduler.weights(max(self._scheduler.version, *versions.values()))
     self._news.set()
@@ -159,15 +158,13 @@ class Orchestrator:
 
   def loads(self, loads: Mapping[str, tuple[int, int]]) -> None:
     """How busy servers are, (running, waiting), for the workers' balance."""
-    for link in self._links.values():
-      link.post(messages.Loads(loads=loads))
+    self._tell_all(messages.Loads(loads=loads))
 
   def failed(self, url: str, version: int, reason: str, *, for_good: bool) -> None:
     """What a server made with this version or newer is not to be trusted."""
     self._fenced[url] = min(version, self._fenced.get(url, version))  # until it is good again
     if for_good:
-      for link in self._links.values():
-        link.post(messages.Fence(url=url, version=version, reason=reason))
+      self._tell_all(messages.Fence(url=url, version=version, reason=reason))
     self._guarded(self._ports.distrusted, url, version)
     poisoned = self._holdings.made_by(url, version)
     self._forget(poisoned)
@@ -224,8 +221,7 @@ class Orchestrator:
           await asyncio.gather(task, return_exceptions=True)
       for timer in self._missing.values():
         timer.cancel()
-      for link in self._links.values():
-        link.post(messages.Shutdown())
+      self._tell_all(messages.Shutdown())
 
   async def _main(self) -> None:
     await self._workers_ready.wait()
@@ -304,6 +300,10 @@ class Orchestrator:
   def _assign(self, dispatch: messages.Dispatch) -> None:
     name = self._holdings.assign(dispatch.rollout_id, continued=dispatch.continued)
     self._links[name].post(dispatch)
+
+  def _tell_all(self, message: messages.ToWorker) -> None:
+    for link in self._links.values():
+      link.post(message)
 
   def _forget(
     self,

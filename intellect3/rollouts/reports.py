@@ -50,8 +50,10 @@ class Window:
     sampled = sum(summary.sampled_tokens for summary in self._finished)
     # A group's rewards belong to the row of its batch; one that the filters kept out of every
     # batch to the next row. So `reward` is over all that was sampled, filtered or not.
-    scored = [s for s in self._scored if not scheduler.is_open_group(s.group_id)]
-    self._scored = [s for s in self._scored if scheduler.is_open_group(s.group_id)]
+    scored, still_open = [], []
+    for summary in self._scored:
+      (still_open if scheduler.is_open_group(summary.group_id) else scored).append(summary)
+    self._scored = still_open
     row: dict[str, float] = {
       "collect_seconds": seconds,
       "sampled_tokens": sampled,

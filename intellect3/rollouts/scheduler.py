@@ -224,7 +224,8 @@ class Scheduler:
     if self.next_step > self._settings.steps:
       return None
     oldest = self.next_step - 1 - self._settings.max_off_policy_steps
-    self._drop_stale(oldest)
+    if self._unchecked or oldest != self._checked:
+      self._drop_stale(oldest)
     chosen = self._batchable(self._settings.prompts_per_step)
     if len(chosen) < self._settings.prompts_per_step:
       return None

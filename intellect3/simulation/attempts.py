@@ -7,7 +7,7 @@ not depend on when or where a rollout runs: two clusters are compared on the sam
 import dataclasses
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from intellect3.rollouts import messages
 from intellect3.simulation import scenario
@@ -68,22 +68,20 @@ class Attempts:
   ) -> None:
     self._seed = given.seed
     self._rng = random.Random()  # seeded for each attempt
-    self._environments: Mapping[str, scenario.Environment] = {
-      name: given.environment(name) for name in names
-    }
-    self._max_new_tokens = max_new_tokens
-    self._max_tokens = max_tokens
+    self._environments: dict[str, scenario.Environment] = {}
+    self._most: dict[str, int] = {}  # sampled tokens of an attempt, by environment
     self._tasks: dict[tuple[str, str, int], tuple[float, float]] = {}
-    for name, environment in self._environments.items():
-      if self._room(environment) < environment.turns:
+    for name in names:
+      self._environments[name] = environment = given.environment(name)
+      incoming = environment.prompt_tokens + (environment.turns - 1) * environment.turn_tokens
+      if max_tokens - incoming < environment.turns:
         raise ValueError(
           f"environments.{name}: expected prompt_tokens and turn_tokens of all turns to leave room "
-          f"for an answer in max_tokens ({max_tokens}), got {max_tokens - self._room(environment)}"
+          f"for an answer in max_tokens ({max_tokens}), got {incoming}"
         )
-
-  def _room(self, environment: scenario.Environment) -> int:
-    given = environment.prompt_tokens + (environment.turns - 1) * environment.turn_tokens
-    return self._max_tokens - given
+      self._most[name] = min(
+        max_tokens - incoming, environment.turns * max_new_tokens, environment.lengths.maximum
+      )
 
   def draw(self, dispatch: messages.Dispatch) -> Attempt:
     """The attempt that a dispatch turns out to be."""
@@ -95,8 +93,7 @@ class Attempts:
     normal = math.sqrt(share) * common + math.sqrt(1.0 - share) * rng.gauss()
     wanted = length(environment.lengths, normal)
     turns = environment.turns
-    most = min(self._room(environment), turns * self._max_new_tokens)
-    sampled = max(turns, min(wanted, most, environment.lengths.maximum))
+    sampled = max(turns, min(wanted, self._most[dispatch.environment]))
     failed = rng.random() < environment.error_rate
     reward = float(rng.random() < solved)
     drawn = [Turn(0.0, environment.prompt_tokens, sampled // turns)]

@@ -324,12 +324,11 @@ class Server:
   def _expect(self, request: Request, tokens: int) -> None:
     """The running segment ends when so many more tokens are sampled."""
     request.end = end = self._service + tokens
-    together = self._ends.get(end)
-    if together is None:
+    if end in self._ends:
+      self._ends[end].append(request)
+    else:
       self._ends[end] = [request]
       heapq.heappush(self._heap, end)
-    else:
-      together.append(request)
 
   def _break_off(self, request: Request) -> None:
     """Leaves in the midst of a segment."""
@@ -337,10 +336,10 @@ class Server:
     together.remove(request)
     if not together:
       del self._ends[request.end]
+    self._count(request)
     self._leave(request)
 
   def _leave(self, request: Request) -> None:
-    self._count(request)
     del self._running[request.order]
     request.order = -1
     self._cached = max(0.0, self._cached - request.context) if self._running else 0.0

@@ -25,12 +25,15 @@ class Traffic:
   def __init__(self) -> None:
     self.messages: collections.Counter[str] = collections.Counter()
     self.bytes: collections.Counter[str] = collections.Counter()
+    self._last: tuple[object, int] = None, 0  # what goes to all workers is encoded once
 
   def count(self, message: messages.ToWorker | messages.FromWorker, times: int = 1) -> None:
     """Counts a message, sent so many times, at the size that it would have on the wire."""
+    if message is not self._last[0]:
+      self._last = message, len(messages.encode(message))
     kind = type(message).__name__
     self.messages[kind] += times
-    self.bytes[kind] += times * len(messages.encode(message))
+    self.bytes[kind] += times * self._last[1]
 
 
 @dataclasses.dataclass(slots=True, eq=False, kw_only=True)
