@@ -50,7 +50,8 @@ class Window:
     sampled = sum(summary.sampled_tokens for summary in self._finished)
     # A group's rewards belong to the row of its batch; one that the filters kept out of every
     # batch to the next row. So `reward` is over all that was sampled, filtered or not.
-    scored, still_open = [], []
+    scored: list[messages.RolloutSummary] = []
+    still_open: list[messages.RolloutSummary] = []
     for summary in self._scored:
       (still_open if scheduler.is_open_group(summary.group_id) else scored).append(summary)
     self._scored = still_open
