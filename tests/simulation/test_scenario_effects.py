@@ -111,7 +111,7 @@ def test_servers_share_the_requests():
 
 
 def test_a_slow_server_holds_up_a_sync():
-  assert 6.0 < step(simulate({"sync.spread_seconds": 1.0})) < 7.0
+  assert 6.01 < step(simulate({"sync.spread_seconds": 1.0})) < 7.0
 
 
 def test_prompts_and_what_comes_in_between_turns_are_trained_on():
