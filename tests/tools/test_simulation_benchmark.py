@@ -1,10 +1,15 @@
 """The simulator's benchmark: its figures by hand, and one round of a small run."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from tools.benchmarks import simulation
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_costs_are_medians_in_bare_callbacks():
@@ -22,7 +27,7 @@ def test_costs_are_medians_in_bare_callbacks():
   )
 
 
-def test_a_round_writes_its_figures(tmp_path, capsys):
+def test_a_round_writes_its_figures(tmp_path):
   cluster = tmp_path / "cluster.toml"
   cluster.write_text(
     'name = "small"\n'
@@ -37,9 +42,10 @@ def test_a_round_writes_its_figures(tmp_path, capsys):
   )
   out = tmp_path / "figures.json"
   small = ["--gin", "experiments/configs/runs/demo.gin", "--scenario", str(cluster)]
-  counts = ["--steps", "1", "--callbacks", "1000", "--rounds", "1"]
-  assert simulation.main([*small, *counts, "--json", str(out)]) == 0
+  counts = ["--steps", "1", "--callbacks", "1000", "--rounds", "1", "--json", str(out)]
+  command = [sys.executable, "-m", "tools.benchmarks.simulation", *small, *counts]
+  told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
   figures = json.loads(out.read_text())["figures"]
   assert set(figures) == {"callbacks", "virtual", "simulation"}
   assert figures["simulation"]["rollout_ratio"] > figures["simulation"]["ratio"] > 0
-  assert "rollouts_per_second" in capsys.readouterr().out
+  assert "rollouts_per_second" in told
