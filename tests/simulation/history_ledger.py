@@ -195,7 +195,7 @@ class Ledger:
     bad = {url for url, version in self.fenced.items() if newest >= version}
     bad |= {url for other, url in self.distrusted if other == key}
     if self.attempts[key].continued:
-      bad |= {url for url, version in self.past if oldest <= version <= newest + 1}
+      bad |= {url for url, version in self.past if oldest <= version}
     return newest > self.begun or not bad.isdisjoint(summary.servers)
 
   def finished(self, worker, summary):

@@ -58,7 +58,7 @@ def test_every_kind_of_fault_is_planned_and_told_of():
 DIGEST = """
 import hashlib, sys
 from intellect3.simulation.faults import lab
-traces = [line for seed in (9, 37, 51) for line in lab.run(seed).trace]
+traces = [line for seed in (2, 22, 37) for line in lab.run(seed).trace]
 print(hashlib.sha256("\\n".join(traces).encode()).hexdigest())
 assert "jax" not in sys.modules
 """
@@ -72,7 +72,7 @@ def test_a_seed_gives_the_same_trace_in_every_process():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     digests.add(result.stdout.strip())
-  here = [line for seed in (9, 37, 51) for line in lab.run(seed).trace]
+  here = [line for seed in (2, 22, 37) for line in lab.run(seed).trace]
   digests.add(hashlib.sha256("\n".join(here).encode()).hexdigest())
   assert len(digests) == 1
 

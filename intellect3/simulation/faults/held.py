@@ -17,6 +17,7 @@ class Held:
   Attributes:
     label: the version that it stamps on tokens.
     next_load: what becomes of the next load: nothing special, `fails` or `wrong`.
+    last_load: what became of the last one so.
     open: whether a session of `/begin_weight_update` is.
   """
 
@@ -24,7 +25,7 @@ class Held:
     """Args: stages: see the module. label, version: what it says and has at first."""
     self._stages = stages
     self.label = label
-    self.next_load = ""
+    self.next_load = self.last_load = ""
     self._tensors = dict.fromkeys(truth.TENSORS, version)
     self._staged: dict[str, int] | None = None
     self._staged_label = ""
@@ -41,7 +42,7 @@ class Held:
 
   def load(self, directory: pathlib.Path, label: str) -> None:
     """Loads a directory; raises OSError or ValueError where that fails."""
-    how, self.next_load = self.next_load, ""
+    how = self._how()
     tensors: dict[str, int] = {}
     try:
       tensors = truth.load(directory)
@@ -66,7 +67,7 @@ class Held:
       raise ValueError("no session is open")
     tensors = {name: int(array[0]) for name, array in tensor_wire.read(payloads[0]).items()}
     if self.next_load == "fails" and truth.TENSORS[-1] in tensors:
-      self.next_load = ""
+      self._how()
       if not self._stages:
         self._take({name: tensors[name] for name in list(tensors)[:1]})
       raise ValueError("a bucket could not be read")
@@ -83,9 +84,12 @@ class Held:
     tensors, self._staged = self._staged, None
     if abort:
       return
-    how, self.next_load = self.next_load, ""
-    self._take(tensors, how)
+    self._take(tensors, self._how())
     self.label = self._staged_label or self.label
+
+  def _how(self) -> str:
+    self.last_load, self.next_load = self.next_load, ""
+    return self.last_load
 
   def _take(self, tensors: dict[str, int], how: str = "") -> None:
     self._tensors |= tensors

@@ -45,7 +45,9 @@ class Judge:
   def dispatched(self, dispatch: messages.Dispatch) -> str | None:
     """A rollout is sent; returns what is wrong with that."""
     group = self._groups.get(dispatch.group_id)
-    if group is None or (dispatch.sample == 0 and not dispatch.continued):
+    # A restart begins a number again: with its task, or with another where other pools are there.
+    fresh = dispatch.sample == 0 and not dispatch.continued
+    if group is None or fresh or group.index != dispatch.index:
       self._groups[dispatch.group_id] = _Group(dispatch.index)
     may_have_moved = dispatch.index in self._told[0] | self._told[1]
     if self._pools is None or dispatch.continued or may_have_moved:

@@ -179,7 +179,8 @@ class Server:
 
   async def _change_weights(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
     """Changes the weights while it decodes nothing; what a fault made of it is told as felt."""
-    held, how = self.held, self.held.next_load
+    held = self.held
+    held.last_load = ""
     whole = path == "/update_weights_from_disk"
     bucket = path == "/update_weights_from_tensor"
     self._settle()
@@ -202,14 +203,14 @@ class Server:
         self._note(self.url, f"load of {body['weight_version']} fails")
       return 400, _json({"success": False, "message": str(error)})
     finally:
-      if how and not held.next_load:
-        self._felt(f"load_{how}")
+      if held.last_load:
+        self._felt(f"load_{held.last_load}")
       self._busy = False
       self._settle()
       self._go_on()
     if whole or (path == "/end_weight_update" and not body.get("abort")):
       self._stale = False
-      self._note(self.url, f"has {held.label}" + (", wrongly" if how == "wrong" else ""))
+      self._note(self.url, f"has {held.label}" + (", wrongly" if held.last_load == "wrong" else ""))
     return 200, _json({"success": True, "message": ""})
 
   # Generation.
