@@ -87,7 +87,7 @@ def _scheduler() -> scheduler.Settings:
     name: _value(orchestrator.orchestrator, name)
     for name in (
       *("prompts_per_step", "rollouts_per_prompt", "max_rollouts_in_flight"),
-      *("staleness_rule", "temperature"),
+      *("staleness_rule", "temperature", "max_groups_in_vain"),
     )
   }
   return scheduler.Settings(

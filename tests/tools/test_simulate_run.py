@@ -1,8 +1,10 @@
 """The command: a run file and a scenario in, a table, a report and a trace out; without jax."""
 
+import ast
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 
@@ -99,6 +101,7 @@ def test_what_cannot_run_is_one_line_and_an_exit_code(tmp_path):
     *("--set", "orchestrator.orchestrator.evaluation_tasks=0"),
     *("--set", "orchestrator.orchestrator.prompts_per_step=1"),
     *("--set", "orchestrator.orchestrator.max_rollouts_in_flight=8"),
+    *("--set", "orchestrator.orchestrator.max_groups_in_vain=30"),
   ]
   calls = [(scenario, arguments) for arguments, scenario, _ in cases]
   done = simulate(tmp_path, *calls, (failing, small))
@@ -108,7 +111,8 @@ def test_what_cannot_run_is_one_line_and_an_exit_code(tmp_path):
     assert line.startswith("error: ") and message in line
   # One that never trains is ended, and says why.
   assert lines[-1] == "code 1"
-  assert lines[-2].startswith("the run ends: ") and "Simulated" in lines[-2]
+  assert "the run ends: NothingToTrain: 30 groups ended since the last batch" in lines[-2]
+  assert "errored 240 (Simulated 240)" in lines[-2]
 
 
 def test_without_a_scenario_it_is_assumed_told_and_written(tmp_path):
@@ -159,3 +163,49 @@ def test_the_servers_options_of_the_run_file_are_taken():
   gin = ["--gin", f"{RUNS}/qwen3_30b_a3b_8xh100.gin", *launch, "--set", urls, "--steps", "1"]
   lines = called([gin]).stdout.splitlines()
   assert {"count = 2  # run file", "devices = 4  # run file"} <= set(lines)
+
+
+# Runs the command, and says what is written at the axes of what it draws.
+DRAWN = """
+import sys
+from intellect3.simulation import plots
+from tools import simulate_run
+timeline = plots.timeline
+def told(*arguments, **options):
+  figure = timeline(*arguments, **options)
+  figure.canvas.draw()
+  for axes in figure.axes:
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    print("axes", repr((axes.get_ylabel(), axes.get_xlabel(), ticks)))
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    print("legend", repr(legend))
+  return figure
+plots.timeline = told
+sys.exit(simulate_run.main(sys.argv[1:]))
+"""
+
+
+def test_a_plot_is_a_picture_with_labels(tmp_path):
+  (tmp_path / "scenario.toml").write_text(SCENARIO)
+  out = tmp_path / "run.png"
+  arguments = ["--gin", DEMO, "--scenario", str(tmp_path / "scenario.toml"), "--steps", "4"]
+  done = subprocess.run(
+    [sys.executable, "-c", DRAWN, *arguments, "--plot", str(out), "--sample-seconds", "0.05"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  picture = out.read_bytes()
+  assert picture.startswith(b"\x89PNG") and 20_000 < len(picture) < 1_000_000
+  width, height = struct.unpack(">II", picture[16:24])
+  assert 1000 <= width <= 3000 and 600 <= height <= 2000
+  lines = done.stdout.splitlines()
+  axes = [ast.literal_eval(line[5:]) for line in lines if line.startswith("axes ")]
+  assert len(axes) == 3
+  assert axes[0][2] == ["servers", "trainer"]
+  assert [label for label, _, _ in axes[1:]] == ["rollouts", "running, by server"]
+  assert axes[2][1].startswith("minutes since the end of step ")
+  legends = [ast.literal_eval(line[7:]) for line in lines if line.startswith("legend ")]
+  assert [len(legend) for legend in legends] == [4, 2, 2] and all(map(all, legends))
