@@ -191,7 +191,8 @@ def table(report: dict[str, Any]) -> str:
     (
       "inference idle",
       f"{report['inference_idle_share']:.1%}; paused {report['inference_paused_share']:.1%}, "
-      f"prefilling {report['inference_prefill_share']:.1%}",
+      f"prefilling {report['inference_prefill_share']:.1%}"
+      + (f", lost {lost:.1%}" if (lost := report["inference_lost_share"]) else ""),
     ),
     (
       "tokens",

@@ -48,7 +48,8 @@ def make(
     measured_seconds: between the two commits.
     trainer_idle_share: of the time, waiting for a batch and reading it.
     inference_idle_share: of the servers' time, with nothing to decode or prefill;
-    inference_paused_share, inference_prefill_share: standing still for weights, prefilling.
+    inference_paused_share, inference_prefill_share: standing still for weights, prefilling;
+    inference_lost_share: not there (`scenario.Failures`).
     step_seconds: mean, median, p90 of the time from the end of a training step to the next one's,
       and by_step, which the warm-up is part of.
     drift: of the second half of the measured steps against the first: seconds_per_token (of the
@@ -140,11 +141,12 @@ def _servers(usages: Sequence[tuple[server.Usage, server.Usage]], span: float) -
     for field in dataclasses.fields(server.Usage)
   }
   total = span * len(usages)
-  busy = used["decoding"] + used["prefilling"] + used["paused"]
+  busy = used["decoding"] + used["prefilling"] + used["paused"] + used["lost"]
   return {
     "shares": {
       "inference_idle_share": max(0.0, 1.0 - busy / total),
       "inference_paused_share": used["paused"] / total,
+      "inference_lost_share": used["lost"] / total,
       "inference_prefill_share": used["prefilling"] / total,
     },
     "queues": {

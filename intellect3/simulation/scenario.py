@@ -273,12 +273,37 @@ class Clients:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Failures:
+  """What breaks down, each on its own, and comes back.
+
+  A server that is lost takes a segment of each of its requests with it; clients ask another one. It
+  comes back without weights and is brought them. Of a worker that is lost another one goes on with
+  what its journal has.
+
+  Attributes:
+    server_mean_seconds: between the return of a server and its next loss, on average,
+      exponentially distributed; 0: none is ever lost.
+    server_repair_seconds: until it is back.
+    worker_mean_seconds, worker_repair_seconds: likewise of a worker.
+  """
+
+  server_mean_seconds: float = 0.0
+  server_repair_seconds: float = 300.0
+  worker_mean_seconds: float = 0.0
+  worker_repair_seconds: float = 300.0
+
+  def __post_init__(self) -> None:
+    names = [field.name for field in dataclasses.fields(self)]
+    _check(self, "failures", {name: (0, math.inf, False) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scenario:
   """A cluster and what is attempted on it.
 
   Attributes:
     name: for people.
-    servers, sync, trainer, clients: see there.
+    servers, sync, trainer, clients, failures: see there.
     environments: by the run's names of them; `default` for those not named.
     seed: of everything that the scenario draws; the run's own seed is another.
   """
@@ -289,6 +314,7 @@ class Scenario:
   environments: Mapping[str, Environment]
   sync: Sync = dataclasses.field(default_factory=Sync)
   clients: Clients = dataclasses.field(default_factory=Clients)
+  failures: Failures = dataclasses.field(default_factory=Failures)
   seed: int = 0
 
   def __post_init__(self) -> None:

@@ -65,6 +65,7 @@ def parse(given: Any, directory: pathlib.Path) -> scenarios.Scenario:
     "servers": _record(scenarios.Servers, tables.pop("servers", {}), "servers"),
     "sync": _record(scenarios.Sync, tables.pop("sync", {}), "sync"),
     "clients": _record(scenarios.Clients, tables.pop("clients", {}), "clients"),
+    "failures": _record(scenarios.Failures, tables.pop("failures", {}), "failures"),
     "trainer": _record(scenarios.Trainer, trainer, "trainer"),
     "environments": {
       name: _environment(table, f"environments.{name}", directory) for name, table in named.items()

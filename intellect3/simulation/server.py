@@ -8,78 +8,17 @@ still.
 """
 
 import asyncio
-import dataclasses
 import heapq
 import operator
 from collections import deque
-from collections.abc import Callable
 
-from intellect3.simulation import clock, rates, scenario
+from intellect3.simulation import clock, rates, requests, scenario
+from intellect3.simulation.requests import Request, Usage
 
 _order = operator.attrgetter("order")
 _EPSILON = 1e-6  # of a token: rounding of a segment's end
 _ROUNDING = 1e-15  # of the service, which is a sum of many
 _GROUPS = 4096  # prompts that a server remembers
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Request:
-  """A generation on one server.
-
-  Attributes:
-    key: of the conversation; what the server has cached of it is valid under one key.
-    group: whose members share the prompt.
-    prompt: tokens of the conversation's first turn.
-    context: tokens so far, the sampled ones too.
-    known: of these, how many are in this server's cache under `version`.
-    version: weights under which the known tokens were cached.
-    left: tokens still to be sampled.
-    ended: is called back, once, when none is left; None after `withdraw`.
-    made: sampled tokens by version, ascending.
-    reprefilled: known tokens that were computed again.
-    longest_segment: seconds, its wait in the queue included.
-  """
-
-  group: str
-  prompt: int
-  context: int
-  known: int
-  version: int
-  left: int
-  ended: Callable[[], object] | None
-  made: dict[int, int] = dataclasses.field(default_factory=dict)
-  reprefilled: int = 0
-  longest_segment: float = 0.0
-  asked: float = 0.0
-  start: float = 0.0  # service at the start of the running segment, or at the last version
-  segment: int = 0
-  end: float = 0.0  # service at the end of the running segment
-  order: int = -1  # of its turn among the running; -1: not running
-
-
-@dataclasses.dataclass(slots=True)
-class Usage:
-  """Where a server's time went, in seconds, and what it held on average.
-
-  Attributes:
-    decoding, prefilling, paused: seconds; what is left is idle.
-    running, waiting: requests, times seconds.
-    most_waiting: at one time.
-    sampled, prefilled: tokens.
-    retracted: tokens of running requests that were computed again after a flush or eviction.
-    evicted: requests put back since the cache was full.
-  """
-
-  decoding: float = 0.0
-  prefilling: float = 0.0
-  paused: float = 0.0
-  running: float = 0.0
-  waiting: float = 0.0
-  most_waiting: int = 0
-  sampled: float = 0.0
-  prefilled: int = 0
-  retracted: int = 0
-  evicted: int = 0
 
 
 class Server:
@@ -98,6 +37,8 @@ class Server:
   ) -> None:
     self.url = url
     self.version = -1
+    self.down = False
+    self.losses = 0
     self.usage = Usage()
     self.events = 0
     self._settings = settings
@@ -129,6 +70,9 @@ class Server:
 
   def submit(self, request: Request) -> None:
     """Takes a request; its `ended` is called back when all its tokens are there."""
+    if self.down:
+      self._fail(request)
+      return
     self._advance()
     request.asked = self._since
     first = self._heap[0] if self._heap else None
@@ -140,7 +84,8 @@ class Server:
 
   def withdraw(self, request: Request) -> None:
     """Forgets a request that nobody waits for any more."""
-    request.ended = None
+    request.ended = request.failed = None
+    request.unfinished = 0
     self._advance()
     if request.order >= 0:
       self._break_off(request)
@@ -148,6 +93,33 @@ class Server:
       self._waiting.remove(request)
     self._admit()
     self._rearm()
+
+  def lose(self) -> None:
+    """Is gone with all that it has, until `restart`."""
+    self._advance()
+    broken_off = [*self._running.values(), *self._waiting]
+    for request in list(self._running.values()):
+      self._break_off(request)
+      requests.lose_segment(request)
+    self._waiting.clear()
+    self._prompts.clear()
+    self._busy_until, self._paused = self._since, False
+    self.version = -1
+    self.down = True
+    self.losses += 1
+    self._rearm()
+    for request in broken_off:
+      self._fail(request)
+
+  def restart(self) -> None:
+    """Is there again, without weights."""
+    self._advance()
+    self.down = False
+
+  def _fail(self, request: Request) -> None:
+    request.known = 0
+    if request.failed is not None:
+      self._loop.call_soon(request.failed)
 
   # Weights.
 
@@ -196,6 +168,10 @@ class Server:
     if span <= 0.0:
       return
     usage, running = self.usage, len(self._running)
+    if self.down:
+      usage.lost += span
+      self._since = now
+      return
     usage.running += running * span
     usage.waiting += len(self._waiting) * span
     if self._paused:
@@ -286,10 +262,12 @@ class Server:
       request.asked = self._since  # the next segment, at once; counted when something changes
       if more > self._segment_tokens:
         more = self._segment_tokens
+      request.begun = self._service
       request.segment += more
       self._expect(request, more)
       return
     self._count(request, whole=True)
+    request.unfinished = 0
     self._leave(request)
     request.known = request.context
     request.version = self.version
@@ -336,6 +314,7 @@ class Server:
     together.remove(request)
     if not together:
       del self._ends[request.end]
+    request.unfinished = max(0, round(self._service - request.begun))
     self._count(request)
     self._leave(request)
 
@@ -371,7 +350,7 @@ class Server:
     self._prompts[request.group] = self.version
     request.order = self._order
     self._order += 1
-    request.start = self._service
+    request.begun = request.start = self._service
     request.segment = segment
     self._cached += request.context
     self._running[request.order] = request

@@ -8,23 +8,21 @@ on `clock`'s virtual time.
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 from intellect3 import rollout_log, types
-from intellect3.inference import balance, control, fleet, load, weight_sync
+from intellect3.inference import balance, fleet, weight_sync
 from intellect3.rl import serving
 from intellect3.rollouts import difficulty, messages, orchestrator, scheduler
 from intellect3.simulation import (
   attempts,
   clock,
-  rates,
+  cluster,
   report,
   scenario,
-  server,
   trainer,
   watching,
   window,
@@ -36,8 +34,6 @@ HORIZON_SECONDS = 1e10
 """Beyond which the clock's floats can no longer tell a microsecond."""
 MOST_SAMPLES = 100_000
 """Of a timeline: then every other one is dropped, and they are taken half as often."""
-MOST_LOOKS = 1_000_000
-"""Of the fleet at a server in a row, while nothing else happens."""
 
 
 def simulate(
@@ -109,27 +105,6 @@ def _check(run: settings_lib.RunSettings, given: scenario.Scenario) -> None:
     )
 
 
-@dataclasses.dataclass
-class _Control:
-  """The look that a fleet takes at its servers."""
-
-  servers: Mapping[str, server.Server]
-  watch: watching.Watch
-  events: int = 0
-  looks: int = 0
-
-  async def look(self, url: str) -> control.Outcome[tuple[int, load.ServerLoad]]:
-    """See ServerControl.look; raises Stuck where nothing else happens any more."""
-    self.looks += 1
-    if self.watch.events != self.events:
-      self.events, self.looks = self.watch.events, 0
-    if self.looks > MOST_LOOKS:
-      raise clock.Stuck(f"nothing happened in {self.looks:,} looks at servers")
-    one = self.servers[url]
-    told = one.version, load.ServerLoad(one.running, one.waiting, {})
-    return control.Outcome(told, None, 0.0)
-
-
 class _Simulation:
   """The parts of one simulation, wired."""
 
@@ -151,7 +126,6 @@ class _Simulation:
     self._begun: window.Mark | None = None
     self._done: window.Mark | None = None
     self._told_loads = 0.0
-    self._retracted = 0
     self._samples: list[tuple[float, list[int], list[int], int]] = []
 
   async def run(self) -> dict[str, Any]:
@@ -162,15 +136,8 @@ class _Simulation:
       trace=self._trace,
       timeout_seconds=run.timeout_seconds,
     )
-    pace = rates.Rates(given.servers)
-    self._servers = {
-      url: server.Server(url, given.servers, pace, run.segment_tokens)
-      for url in (f"http://server-{index}" for index in range(given.servers.count))
-    }
-    self._delays = {
-      url: given.sync.spread_seconds * random.Random(f"{given.seed}/sync/{url}").random()
-      for url in self._servers
-    }
+    self._cluster = cluster.Cluster(given, run.segment_tokens, run.sync_mode == "retract", watch)
+    self._servers = self._cluster.servers
     self._traffic = workers.Traffic()
     learner = trainer.Trainer(
       given.trainer,
@@ -188,7 +155,7 @@ class _Simulation:
         distrusted=lambda url, version: None,
         report=self._report,
         report_evaluation=lambda version, row: watch.event("evaluated", version=version, **row),
-        server_metrics=self._server_metrics,
+        server_metrics=self._cluster.metrics,
         status=lambda phase, detail: watch.event("status", phase=phase),
       ),
       num_workers=max(1, run.num_workers),
@@ -198,24 +165,24 @@ class _Simulation:
       evaluation_tasks=run.evaluation_tasks,
     )
     self._fleet = fleet.Fleet(
-      _Control(self._servers, watch),  # type: ignore[arg-type]  # a fleet only looks
-      bring=self._bring,
+      self._cluster,  # type: ignore[arg-type]  # the two calls that a fleet makes
+      bring=self._cluster.bring,
       wanted=lambda: list(self._servers),
       watcher=self._machine,
       settings=fleet.Settings(
         poll_seconds=run.server_poll_seconds, patience_seconds=run.sync_patience_seconds
       ),
     )
-    self._links, self._balancers = self._workers()
-    links = self._links
-    for link in links:
-      self._traffic.count(link.hello())
-      self._machine.connected(link, link.hello())
-    beside: list[asyncio.Future[None]] = []
-    if len(self._balancers) > 1:
-      beside.append(asyncio.ensure_future(self._fleet.watch()))
-    if self._sample_seconds is not None:
-      beside.append(asyncio.ensure_future(self._sample(self._sample_seconds)))
+    self._journal: workers.Journal = {}
+    self._balancers = self._make_balancers()
+    self._drawn = attempts.Attempts(
+      given,
+      list(run.environment_weights),
+      max_new_tokens=run.max_new_tokens,
+      max_tokens=run.max_tokens,
+    )
+    self._links = [self._connected(index) for index in range(max(1, run.num_workers))]
+    beside = [asyncio.ensure_future(task) for task in self._beside()]
     learning = asyncio.ensure_future(learner.run(run.steps))
     both = asyncio.ensure_future(asyncio.gather(self._machine.run(), learning))
     try:
@@ -231,7 +198,7 @@ class _Simulation:
       for task in (*beside, learning):
         task.cancel()
       await asyncio.gather(*beside, learning, return_exceptions=True)
-      for link in links:
+      for link in self._links:
         link.close()
       await self._fleet.close()
     return self._made()
@@ -252,11 +219,23 @@ class _Simulation:
       + sum(one.events for one in self._servers.values()),
     )
 
-  def _workers(self) -> tuple[list[workers.Worker], list[balance.Balancer]]:
-    run, given = self._run, self._given
-    count = max(1, run.num_workers)
-    sharing = count if given.clients.shared_balance else 1
-    balancers = [
+  def _beside(self) -> Iterator[Coroutine[Any, Any, None]]:
+    """What goes on as long as the run does."""
+    failures = self._given.failures
+    self._watched = len(self._balancers) > 1 or failures.server_mean_seconds > 0
+    if self._watched:
+      yield self._fleet.watch()
+    if failures.server_mean_seconds:
+      yield from (self._cluster.lose(url) for url in self._servers)
+    if failures.worker_mean_seconds:
+      yield from (self._lose_worker(index) for index in range(len(self._links)))
+    if self._sample_seconds is not None:
+      yield self._sample(self._sample_seconds)
+
+  def _make_balancers(self) -> list[balance.Balancer]:
+    run, count = self._run, max(1, self._run.num_workers)
+    sharing = count if self._given.clients.shared_balance else 1
+    return [
       balance.Balancer(
         (),
         run.max_concurrency * sharing,
@@ -266,33 +245,50 @@ class _Simulation:
       )
       for _ in range(count // sharing)
     ]
+
+  def _connected(self, index: int) -> workers.Worker:
+    """A worker that the orchestrator hears of now."""
+    run, given = self._run, self._given
     sizes = dict(run.sizes)
     for name in run.environment_weights:
       if tasks := given.environment(name).tasks:
         sizes[f"{name}/train"] = tasks
-    drawn = attempts.Attempts(
-      given,
-      list(run.environment_weights),
-      max_new_tokens=run.max_new_tokens,
-      max_tokens=run.max_tokens,
+    link = workers.Worker(
+      f"worker_{index}",
+      sizes=sizes,
+      drawn=self._drawn,
+      balancer=self._balancers[index % len(self._balancers)],
+      # Where workers are lost, whoever is there must pass it on to the balancer that all share.
+      hears=index < len(self._balancers) or given.failures.worker_mean_seconds > 0,
+      servers=self._servers,
+      send=self._received,
+      traffic=self._traffic,
+      watch=self._watch,
+      journal=self._journal,
+      message_seconds=given.clients.message_seconds,
+      write_seconds_per_token=given.clients.write_seconds_per_token,
     )
-    links = [
-      workers.Worker(
-        f"worker_{index}",
-        sizes=sizes,
-        drawn=drawn,
-        balancer=balancers[index % len(balancers)],
-        hears=index < len(balancers),
-        servers=self._servers,
-        send=self._received,
-        traffic=self._traffic,
-        watch=self._watch,
-        message_seconds=given.clients.message_seconds,
-        write_seconds_per_token=given.clients.write_seconds_per_token,
-      )
-      for index in range(count)
-    ]
-    return links, balancers
+    self._traffic.count(link.hello())
+    self._machine.connected(link, link.hello())
+    return link
+
+  async def _lose_worker(self, index: int) -> None:
+    """Loses a worker from time to time, for ever."""
+    name, failures = f"worker_{index}", self._given.failures
+
+    def lose() -> None:
+      self._links[index].lose()
+      self._watch.event("worker_lost", worker=name)
+      self._machine.disconnected(name)
+
+    def restore() -> None:
+      self._watch.event("worker_back", worker=name)
+      self._links[index] = self._connected(index)
+
+    rng = random.Random(f"{self._given.seed}/failures/{name}")
+    await cluster.losing(
+      rng, failures.worker_mean_seconds, failures.worker_repair_seconds, lose, restore
+    )
 
   def _make_scheduler(self, sizes: Mapping[str, int]) -> scheduler.Scheduler:
     run = self._run
@@ -316,15 +312,10 @@ class _Simulation:
     if self._progress is not None:
       self._progress(step, self._loop.time())
 
-  def _server_metrics(self) -> Mapping[str, float]:
-    total = sum(one.usage.retracted for one in self._servers.values())
-    since, self._retracted = total - self._retracted, total
-    return {"servers": float(len(self._servers)), "reprefilled_tokens/retracted": float(since)}
-
   def _committed(self, learner: trainer.Trainer, step: int) -> None:
     learner.batch_committed(step)
     self._watch.committed(step)
-    if len(self._balancers) == 1:
+    if not self._watched:
       self._count_loads()
     if step == self._warm_up:
       self._begun = self._mark()
@@ -359,30 +350,6 @@ class _Simulation:
         self._begun = self._mark()
     seconds = self._loop.time() - started
     return weight_sync.report(version, self._run.sync_mode, 1.0, servers, seconds)
-
-  async def _bring(
-    self, url: str, version: int, unusable: Callable[[weight_sync.ServerSync], None]
-  ) -> weight_sync.ServerSync:
-    del unusable  # no load fails
-    sync, one, started = self._given.sync, self._servers[url], self._loop.time()
-    load_seconds = sync.load_seconds + self._delays[url]
-    await asyncio.sleep(sync.pause_seconds)
-    one.pause()
-    try:
-      await asyncio.sleep(load_seconds)
-      one.load(version, flush=self._run.sync_mode == "retract")
-      await asyncio.sleep(sync.resume_seconds)
-    finally:
-      one.resume()
-    await asyncio.sleep(sync.canary_seconds)
-    self._watch.synced(version, url, started)
-    parts = {
-      "pause": sync.pause_seconds,
-      "load": load_seconds,
-      "resume": sync.resume_seconds,
-      "first_token": sync.canary_seconds,
-    }
-    return weight_sync.ServerSync(url, None, self._loop.time() - started, parts)
 
   async def _sample(self, seconds: float) -> None:
     while True:

@@ -16,10 +16,10 @@ from intellect3.rollouts import accounting, messages
 
 @dataclasses.dataclass(slots=True)
 class Group:
-  """When a group was dispatched, when the first of its rollouts ended, and how many have not."""
+  """When a group was dispatched, which of its rollouts run, and when the first one ended."""
 
   dispatched: float
-  left: int
+  running: set[int]
   first: float | None = None
 
 
@@ -80,7 +80,8 @@ class Watch:
     """A training rollout was opened."""
     group = rollout_id // self._group_size
     if group not in self._groups:
-      self._groups[group] = Group(self._loop.time(), self._group_size)
+      ids = range(group * self._group_size, (group + 1) * self._group_size)
+      self._groups[group] = Group(self._loop.time(), set(ids))
     self.event("dispatched", rollout=rollout_id)
 
   def attempted(self, longest_segment: float) -> None:
@@ -89,15 +90,8 @@ class Watch:
 
   def finished(self, summary: messages.RolloutSummary) -> None:
     """The orchestrator is about to hear of a rollout's end."""
-    if summary.purpose == "train" and (group := self._groups.get(summary.group_id)) is not None:
-      now = self._loop.time()
-      group.left -= 1
-      if group.first is None:
-        group.first = now
-      if not group.left:
-        seconds = group.first - group.dispatched, now - group.dispatched
-        self.group_seconds.append(seconds)
-        del self._groups[summary.group_id]
+    if summary.purpose == "train":
+      self._left(summary.rollout_id)
       if summary.error is None:
         self.lengths[summary.rollout_id] = summary.sampled_tokens
     self.event(
@@ -107,6 +101,19 @@ class Watch:
       versions=(summary.oldest_version, summary.newest_version),
       reward=summary.reward,
     )
+
+  def _left(self, rollout_id: int) -> None:
+    """A rollout of a group does not run any more."""
+    group = self._groups.get(rollout_id // self._group_size)
+    if group is None:
+      return  # all were through, and another worker goes on with one that it had
+    group.running.discard(rollout_id)
+    now = self._loop.time()
+    if group.first is None:
+      group.first = now
+    if not group.running:
+      self.group_seconds.append((group.first - group.dispatched, now - group.dispatched))
+      del self._groups[rollout_id // self._group_size]
 
   def trained(
     self, step: int, attempt: int, rollout_id: int, made: Mapping[int, int], oldest_version: int
@@ -124,6 +131,8 @@ class Watch:
 
   def ended(self, rollout_id: int, outcome: str, reason: str) -> None:
     """A rollout was accounted for."""
+    if outcome == "errored":  # its worker or server may be gone without a word
+      self._left(rollout_id)
     length = self.lengths.pop(rollout_id, None)
     if length is not None:
       self.outcomes.append((length, outcome, self._masked.pop(rollout_id, 0)))

@@ -13,10 +13,14 @@ from collections.abc import Callable, Mapping
 from intellect3 import types
 from intellect3.inference import balance
 from intellect3.rollouts import messages
-from intellect3.simulation import attempts, server, watching
+from intellect3.simulation import attempts, requests, server, watching
 
 TOKEN_BYTES = 13
 """Of a token in a shard: id, logprob and version of four bytes each, mask of one."""
+
+
+RETRIES, BACKOFF_SECONDS, BACKOFF_MAX_SECONDS = 5, 0.5, 30.0
+"""Of the client, by default (`inference.client`)."""
 
 
 class Traffic:
@@ -52,6 +56,8 @@ class _Running:
     reprefilled, longest_segment: as of `server.Request`, over all turns.
     error: why it fails.
     pending: what it waits for, other than a server.
+    left: tokens of the present turn still to be sampled; 0 before it has begun.
+    failures: requests in a row that were lost with their servers.
     slot, request: where a server works for it.
   """
 
@@ -69,9 +75,24 @@ class _Running:
   reprefilled: int = 0
   longest_segment: float = 0.0
   error: str | None = None
+  left: int = 0
+  failures: int = 0
   pending: "asyncio.Handle | asyncio.Task[None] | None" = None
   slot: balance.Server | None = None
   request: server.Request | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Finished:
+  """A rollout that a worker holds: its tokens, those sampled by version, what was told of it."""
+
+  context: int
+  made: Mapping[int, int]
+  summary: messages.RolloutSummary
+
+
+Journal = dict[int, _Running | Finished]
+"""What lost workers had of their rollouts, by id: another one goes on from there."""
 
 
 class Worker:
@@ -87,6 +108,7 @@ class Worker:
     send: posts a message to the orchestrator.
     traffic: counts messages.
     watch: is told what happens.
+    journal: of all workers.
     message_seconds: that a message takes, each way.
     write_seconds_per_token: of its shards.
   """
@@ -103,6 +125,7 @@ class Worker:
     send: Callable[[str, messages.FromWorker], None],
     traffic: Traffic,
     watch: watching.Watch,
+    journal: Journal,
     message_seconds: float,
     write_seconds_per_token: float,
   ) -> None:
@@ -115,11 +138,13 @@ class Worker:
     self._orchestrator = send
     self._traffic = traffic
     self._watch = watch
+    self._journal = journal
     self._message_seconds = message_seconds
     self._write_seconds_per_token = write_seconds_per_token
     self._loop = asyncio.get_running_loop()
     self._running: dict[int, _Running] = {}
-    self._finished: dict[int, tuple[int, Mapping[int, int]]] = {}  # tokens, sampled by version
+    self._finished: dict[int, Finished] = {}
+    self._lost = False
 
   def hello(self) -> messages.Hello:
     """The first message of a connection."""
@@ -136,6 +161,21 @@ class Worker:
       self._cancel(running)
     self._running.clear()
 
+  def lose(self) -> None:
+    """Is gone, with all but what its journal has."""
+    self._lost = True
+    for rollout_id, running in self._running.items():
+      request = running.request
+      self._cancel(running)
+      if request is not None:
+        requests.lose_segment(request)
+        self._keep(running, request)
+      running.home, running.known, running.pending = None, 0, None
+      self._journal[rollout_id] = running
+    self._journal.update(self._finished)
+    self._running.clear()
+    self._finished.clear()
+
   def _later(self, seconds: float, act: Callable[..., None], *arguments: object) -> None:
     if seconds:
       self._loop.call_later(seconds, act, *arguments)
@@ -144,9 +184,15 @@ class Worker:
 
   def _send(self, message: messages.FromWorker) -> None:
     self._traffic.count(message)
-    self._later(self._message_seconds, self._orchestrator, self.name, message)
+    self._later(self._message_seconds, self._deliver, message)
+
+  def _deliver(self, message: messages.FromWorker) -> None:
+    if not self._lost:
+      self._orchestrator(self.name, message)
 
   def _handle(self, message: messages.ToWorker) -> None:
+    if self._lost:
+      return
     match message:
       case messages.Dispatch():
         self._begin(message)
@@ -170,14 +216,20 @@ class Worker:
   # An attempt goes from one call back to the next: tens of thousands run at once.
 
   def _begin(self, dispatch: messages.Dispatch) -> None:
-    running = _Running(
+    kept = self._journal.pop(dispatch.rollout_id, None) if dispatch.continued else None
+    if isinstance(kept, Finished):
+      self._finished[dispatch.rollout_id] = kept
+      self._send(kept.summary)
+      return
+    running = kept or _Running(
       dispatch=dispatch,
       attempt=self._drawn.draw(dispatch),
       group=f"{dispatch.purpose}-{dispatch.group_id}",
       started=self._loop.time(),
     )
     self._running[dispatch.rollout_id] = running
-    running.pending = self._loop.call_soon(self._ask, running)  # in the next round, as a task would
+    go_on = self._ask if running.turn < len(running.attempt.turns) else self._score
+    running.pending = self._loop.call_soon(go_on, running)  # in the next round, as a task would
 
   def _ask(self, running: _Running) -> None:
     """Takes a slot for the next turn; where none is free a task waits for one."""
@@ -203,7 +255,9 @@ class Worker:
     chosen = self._servers[slot.url]
     turns = running.attempt.turns
     turn = turns[running.turn]
-    running.context += turn.given
+    if not running.left:
+      running.context += turn.given
+      running.left = turn.sampled
     running.slot = slot
     running.request = server.Request(
       group=running.group,
@@ -211,8 +265,9 @@ class Worker:
       context=running.context,
       known=running.known if chosen is running.home else 0,
       version=running.version,
-      left=turn.sampled,
+      left=running.left,
       ended=functools.partial(self._answered, running, chosen),
+      failed=functools.partial(self._failed, running),
     )
     chosen.submit(running.request)
 
@@ -224,13 +279,10 @@ class Worker:
     running.request = running.slot = None
     self._balancer.succeeded(slot)
     self._balancer.release(slot)
-    for version, count in request.made.items():
-      running.made[version] = running.made.get(version, 0) + count
+    self._keep(running, request)
     running.home, running.urls[chosen.url] = chosen, None
-    running.context = running.known = request.context
-    running.version = request.version
-    running.reprefilled += request.reprefilled
-    running.longest_segment = max(running.longest_segment, request.longest_segment)
+    running.known, running.version = request.context, request.version
+    running.failures = 0
     running.turn += 1
     turns = running.attempt.turns
     if running.turn == len(turns):
@@ -239,6 +291,35 @@ class Worker:
       running.pending = self._loop.call_later(wait, self._ask, running)
     else:
       self._ask(running)
+
+  def _keep(self, running: _Running, request: server.Request) -> None:
+    """Takes what a request has of the turn."""
+    for version, count in request.made.items():
+      running.made[version] = running.made.get(version, 0) + count
+    running.context, running.left = request.context, request.left
+    running.reprefilled += request.reprefilled
+    running.longest_segment = max(running.longest_segment, request.longest_segment)
+
+  def _failed(self, running: _Running) -> None:
+    """The server is lost: another one is asked for what is left, as the client does."""
+    request, slot = running.request, running.slot
+    if request is None or slot is None:
+      return  # cancelled meanwhile
+    running.request = running.slot = None
+    slot.failures += 1
+    slot.blocked_until = self._loop.time() + _backoff(slot.failures)
+    self._balancer.release(slot)
+    self._keep(running, request)
+    if request.made:
+      running.urls[slot.url] = None
+    running.home, running.known = None, 0
+    running.failures += 1
+    if running.failures > RETRIES:
+      running.error = "ServerUnavailable"
+      self._score(running)
+    else:
+      wait = 0.5 * _backoff(running.failures)  # on average
+      running.pending = self._loop.call_later(wait, self._ask, running)
 
   def _score(self, running: _Running) -> None:
     seconds = running.attempt.reward_seconds
@@ -253,29 +334,28 @@ class Worker:
     if error is None and attempt.reward is None:
       error = "Simulated"
     well = error is None
-    if well and dispatch.purpose == "train":
-      self._finished[dispatch.rollout_id] = running.context, made
     self._watch.attempted(running.longest_segment)
     del self._running[dispatch.rollout_id]
-    self._send(
-      messages.RolloutSummary(
-        rollout_id=dispatch.rollout_id,
-        group_id=dispatch.group_id,
-        purpose=dispatch.purpose,
-        environment=dispatch.environment,
-        reward=attempt.reward if well else None,
-        error=error,
-        truncated=attempt.truncated,
-        lengths=[running.context] if well else [],
-        sampled_tokens=sum(made.values()) if well else 0,
-        oldest_version=min(made) if well and made else types.NOT_SAMPLED,
-        newest_version=max(made) if well and made else types.NOT_SAMPLED,
-        servers=sorted(running.urls),
-        metrics={},
-        seconds=self._loop.time() - running.started,
-        reprefilled_tokens=running.reprefilled,
-      )
+    summary = messages.RolloutSummary(
+      rollout_id=dispatch.rollout_id,
+      group_id=dispatch.group_id,
+      purpose=dispatch.purpose,
+      environment=dispatch.environment,
+      reward=attempt.reward if well else None,
+      error=error,
+      truncated=attempt.truncated,
+      lengths=[running.context] if well else [],
+      sampled_tokens=sum(made.values()) if well else 0,
+      oldest_version=min(made) if well and made else types.NOT_SAMPLED,
+      newest_version=max(made) if well and made else types.NOT_SAMPLED,
+      servers=sorted(running.urls),
+      metrics={},
+      seconds=self._loop.time() - running.started,
+      reprefilled_tokens=running.reprefilled,
     )
+    if well and dispatch.purpose == "train":
+      self._finished[dispatch.rollout_id] = Finished(running.context, made, summary)
+    self._send(summary)
 
   def _cancel(self, running: _Running) -> None:
     if running.pending is not None:
@@ -289,7 +369,8 @@ class Worker:
   def _write(self, batch: messages.WriteBatch) -> None:
     lengths, fresh = [], []
     for item in batch.items:
-      context, made = self._finished[item.rollout_id]
+      finished = self._finished[item.rollout_id]
+      context, made = finished.context, finished.made
       kept = sum(count for version, count in made.items() if version >= batch.oldest_version)
       lengths.append(context)
       fresh.append(kept)
@@ -306,3 +387,7 @@ class Worker:
     )
     seconds = self._write_seconds_per_token * sum(lengths)
     self._later(seconds, self._send, written)
+
+
+def _backoff(failures: int) -> float:
+  return min(BACKOFF_MAX_SECONDS, BACKOFF_SECONDS * 2.0 ** (failures - 1))

@@ -82,6 +82,12 @@ def test_toml_says_the_same(tmp_path):
     ("environments.math.lengths.maximum", 0, "environments.math.lengths.maximum: expected an int"),
     ("environments.math.lengths.empirical", [1.5, 2], "lengths.empirical: expected whole numbers"),
     ("servers.max_running", 10**10, "servers.max_running: .* at most 1e\\+06, got 10000000000"),
+    ("failures.server_mean_seconds", -1, "failures.server_mean_seconds: expected a number of at"),
+    (
+      "failures.often",
+      1,
+      "failures.often: expected one of server_mean_seconds, .*, got an unknown",
+    ),
     ("environments.math.lengths", 3, "environments.math.lengths: expected a table, got 3"),
     ("environments.math.lengths.rollout_log", "no", "expected a RolloutLog with committed steps"),
     ("environments", {}, "environments: expected at least `default`, got none"),
