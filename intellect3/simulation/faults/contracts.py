@@ -54,7 +54,7 @@ class Ledger:
     self.posted = 0
     self._sent: collections.Counter[int] = collections.Counter()
     self._journaled: dict[int, int] = {}  # rollouts, by what names them to their environment
-    self._kept: set[tuple[int, int]] = set()  # (rollout, tool)
+    self._kept: set[tuple[int, int]] = set()  # (that name, tool)
     self.trained: dict[int, int] = {}
     self.committed: dict[int, types.Manifest] = {}
     self._batches: dict[int, int] = {}
@@ -85,23 +85,22 @@ class Ledger:
 
   def acted(self, key: int, number: int) -> None:
     """A rollout's tool is called."""
-    name = self._journaled.get(key, -1)
-    if (name, number) in self._kept:
+    if (key, number) in self._kept:
       raise self._breach(
-        f"contract 7: rollout {name}, tool {number}: it is called again, its result was used"
+        f"contract 7: rollout {self._journaled[key]}, tool {number}: it is called again, its "
+        "result was used"
       )
 
   def went_on(self, key: int, number: int) -> None:
     """A rollout has its tool's result; with a journal it is on the disk now."""
-    name = self._journaled.get(key, -1)
-    if (name, number) in self._kept:
+    if (key, number) in self._kept:
       self.felt.add("results of tools from a journal")
-    if name >= 0 and self._world.journal_seconds is not None:
-      self._kept.add((name, number))
+    if key in self._journaled and self._world.journal_seconds is not None:
+      self._kept.add((key, number))
 
   def let_go(self, rollout_ids: Collection[int]) -> None:
     """Nothing of these is kept any longer; a restart that goes on before may begin them again."""
-    self._kept = {each for each in self._kept if each[0] not in rollout_ids}
+    self._kept = {each for each in self._kept if self._journaled[each[0]] not in rollout_ids}
 
   def published(self, version: int) -> None:
     """The trainer published a version."""
