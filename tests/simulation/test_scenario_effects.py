@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 
-from intellect3.simulation import scenario, scenario_file, throughput
+from intellect3.simulation import scenario_file, throughput
 from tests.simulation import scenes
 
 BASE = {
@@ -167,28 +167,22 @@ ELSEWHERE = {
   "servers.devices": "sweeps alone: test_sweep",
   "trainer.devices": "sweeps alone: test_sweep",
   "clients.shared_balance": "test_throughput",
+  "failures.server_mean_seconds": "test_simulated_failures",
+  "failures.server_repair_seconds": "test_simulated_failures",
+  "failures.worker_mean_seconds": "test_simulated_failures",
+  "failures.worker_repair_seconds": "test_simulated_failures",
 }
 
 
 def test_no_field_is_left_out():
-  """What the tests above change, with what is said to be tested elsewhere, is all."""
-  kinds = {
-    "servers": scenario.Servers,
-    "sync": scenario.Sync,
-    "trainer": scenario.Trainer,
-    "clients": scenario.Clients,
-    COIN: scenario.Environment,
-    LENGTHS: scenario.Lengths,
-  }
-  fields = {
-    f"{table}.{field.name}" for table, kind in kinds.items() for field in dataclasses.fields(kind)
-  }
-  text = pathlib.Path(__file__).read_text()
-  told = {path for path in fields if f'"{path}"' in text}
-  told |= {
-    path
-    for path in fields
-    for short, whole in (("{LENGTHS}", LENGTHS), ("{COIN}", COIN))
-    if f'"{path.replace(whole, short, 1)}"' in text
-  }
-  assert fields - told == set()
+  """What the tests above change, with what is tested elsewhere, is all that there is."""
+  made = dataclasses.asdict(scenario_file.parse(BASE, pathlib.Path()))
+  fields = set()
+  for table, values in made.items():
+    if table == "environments":
+      fields |= {f"{COIN}.{field}" for field in values["coin"] if field != "lengths"}
+      fields |= {f"{LENGTHS}.{field}" for field in values["coin"]["lengths"]}
+    else:
+      fields |= {f"{table}.{field}" for field in values} if isinstance(values, dict) else {table}
+  text = pathlib.Path(__file__).read_text().replace("{LENGTHS}", LENGTHS).replace("{COIN}", COIN)
+  assert {field for field in fields if f'"{field}"' not in text} == set()
