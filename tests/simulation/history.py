@@ -205,6 +205,8 @@ class World:
       sound = double.good == version and not double.paused
       expect(known or sound, f"{url} may be used with v{version} and has {double}")
       double.used, double.barred = double.used or double.up, ""
+      if not known:
+        double.load_of[version] = double.loads
       self.ledger.fenced.pop(url, None)
     if told:
       self.none_since.pop("server", None)

@@ -325,7 +325,8 @@ class History(World):
 
   def _back(self, double, version):
     double.start(version)
-    double.used = double.url in (self.told or {})
+    if double.url in (self.told or {}):  # nobody has missed it
+      double.used, double.load_of[version] = True, double.loads
 
   @single
   def listing(self, which):

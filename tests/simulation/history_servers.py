@@ -43,7 +43,7 @@ class ServerDouble:
   Attributes:
     version: what it believes to have; `mixed`: a load broke, and it has nothing of the kind.
     loads: how many times its weights were changed: what it makes is made by that load of it.
-    load_of: version -> the last load that was to be it.
+    load_of: version -> the last load of it that workers may have tokens of.
     sound: loads that passed the canary, and those that a start of its process made.
     good: the version that it passed the canary of, until something happens to it.
     used: whether workers may have requests there.
@@ -82,7 +82,6 @@ class ServerDouble:
     """A new process takes its place, with the weights of a version of its own choice."""
     self.up, self.paused, self.mixed = True, False, False
     self.version, self.loads = version, self.loads + 1
-    self.load_of = {version: self.loads}
     self.sound.add(self.loads)
 
   def end(self, call, how):
@@ -111,7 +110,8 @@ class ServerDouble:
   def _load(self, body):
     self.loads, self.mixed = self.loads + 1, False
     self.version = int(body["weight_version"])
-    self.load_of[self.version] = self.loads
+    if self.used:  # what runs there goes on with it
+      self.load_of[self.version] = self.loads
     return {"success": True}
 
   def _resume(self, body):

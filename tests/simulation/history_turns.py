@@ -34,6 +34,15 @@ class History(Single):
     self.die(which)
     self.wait(POLL)
 
+  def relapse(self, which, how):
+    """A server is gone, comes back, and fails the canary of the version that it had served."""
+    self.lose(which)
+    self.back(which, False)
+    self.wait(POLL)
+    for what in ("pause", "load", "resume"):
+      getattr(self, what)(0, "ok")
+    self.canary(0, how)
+
   def relist(self, which):
     """A server leaves the list and joins it again: what it was fenced for is forgotten."""
     self.listing(which)

@@ -10,19 +10,11 @@ from tests.simulation.history_turns import History
 
 
 class Forgetful(scheduler.Scheduler):
-  """Leaves a group scored as it was when one of its finished rollouts is lost."""
+  """Takes what had finished for safe where its worker is gone."""
 
-  def lost(self, rollout_ids, reason):
-    finished = [
-      key
-      for key in rollout_ids
-      if (group := self._groups.get(key // self._settings.rollouts_per_prompt)) is not None
-      and not group.running
-      and self.accounting.is_open(key)
-    ]
-    for key in finished:
-      self._end(key, "errored", reason)
-    super().lost([key for key in rollout_ids if key not in finished], reason)
+  def again(self, rollout_ids):
+    groups = {key: self._groups.get(self._group_of(key)) for key in rollout_ids}
+    super().again([key for key, group in groups.items() if group and key in group.running])
 
 
 class Sulking(scheduler.Scheduler):
