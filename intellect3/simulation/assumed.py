@@ -191,6 +191,8 @@ def _notes(said: Said, target: str, weights: int) -> Notes:
     "environments.default.turns": f"{ASSUMED}: single turns, no tools, rewards at once",
     "environments.default.solved": f"{ASSUMED}: difficulties, all alike",
     "environments.default.error_rate": f"{ASSUMED}: nothing fails",
+    "failures.server_mean_seconds": f"{ASSUMED}: no server is lost",
+    "failures.worker_mean_seconds": f"{ASSUMED}: no worker is lost",
     "environments.default.lengths.median": f"{ASSUMED}: {LENGTH_SHARE:.0%} of the most sampled",
     "environments.default.lengths.sigma": f"{ASSUMED}: log-normal",
     "environments.default.lengths.task_share": f"{ASSUMED}: half of it is the task's",
