@@ -19,7 +19,8 @@ from intellect3.rl import serving
 from intellect3.rollouts import credit, difficulty, filters, orchestrator, scheduler
 from intellect3.simulation import clock
 from tests.simulation import history_rules, history_servers
-from tests.simulation.history_ledger import Config, Ledger
+from tests.simulation.history_ledger import Ledger
+from tests.simulation.history_records import Config
 from tests.simulation.history_tasks import POOLS, SEED, Broken, expect
 
 POLL = 20.0  # between two looks at the servers and at their list

@@ -6,7 +6,7 @@ left out, the rest can be told again.
 
 import re
 
-from tests.simulation.history_ledger import Config
+from tests.simulation.history_records import Config
 from tests.simulation.history_tasks import Broken
 
 SIMPLE = {

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from intellect3.rollouts import scheduler
 from tests.simulation import history_smallest, history_turns
-from tests.simulation.history_ledger import Config
+from tests.simulation.history_records import Config
 from tests.simulation.history_tasks import Broken
 from tests.simulation.history_turns import History
 

@@ -7,7 +7,7 @@ import pytest
 from intellect3.rollouts import difficulty, messages
 from intellect3.simulation import clock
 from tests.rollouts.world import World
-from tests.simulation.history_ledger import Config
+from tests.simulation.history_records import Config
 from tests.simulation.history_tasks import SIZES
 from tests.simulation.history_turns import History
 

@@ -4,7 +4,7 @@ import pytest
 
 from intellect3.rollouts import scheduler
 from tests.simulation import history_smallest, test_history
-from tests.simulation.history_ledger import Config
+from tests.simulation.history_records import Config
 from tests.simulation.history_tasks import Broken
 from tests.simulation.history_turns import History
 
