@@ -74,16 +74,17 @@ def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:
   running.plot(minutes, waiting_all, color=VERMILION, label="waiting for a server")
   running.set_ylabel("rollouts")
   running.set_ylim(bottom=0)
-  running.legend(loc="center right", ncols=2, fontsize=8, frameon=False)
   low, middle, high = np.percentile(table, (10, 50, 90), axis=1)
   spread.fill_between(minutes, low, high, color=BLUE, alpha=0.25, lw=0, label="10% to 90% of them")
   spread.plot(minutes, middle, color=BLUE, label="median server")
   spread.set_ylabel("running, by server")
   spread.set_ylim(bottom=0)
-  spread.legend(loc="lower right", ncols=2, fontsize=8, frameon=False)
   spread.set_xlabel(f"minutes since the end of step {first - 1}")
   spread.set_xlim(0, (ended - begun) / 60)
   for axes in (running, spread):
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    # Above the lines: where they run differs from run to run.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, fontsize=8, frameon=False)
     _bare(axes)
   figure.suptitle(str(report["scenario"]), fontsize=10)
   return figure

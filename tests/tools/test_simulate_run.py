@@ -177,8 +177,9 @@ def told(*arguments, **options):
   for axes in figure.axes:
     ticks = [label.get_text() for label in axes.get_yticklabels()]
     print("axes", repr((axes.get_ylabel(), axes.get_xlabel(), ticks)))
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    print("legend", repr(legend))
+    legend = axes.get_legend()
+    above = legend.get_window_extent().y0 >= axes.get_window_extent().y1
+    print("legend", repr((above, [text.get_text() for text in legend.get_texts()])))
   return figure
 plots.timeline = told
 sys.exit(simulate_run.main(sys.argv[1:]))
@@ -208,4 +209,7 @@ def test_a_plot_is_a_picture_with_labels(tmp_path):
   assert [label for label, _, _ in axes[1:]] == ["rollouts", "running, by server"]
   assert axes[2][1].startswith("minutes since the end of step ")
   legends = [ast.literal_eval(line[7:]) for line in lines if line.startswith("legend ")]
-  assert [len(legend) for legend in legends] == [4, 2, 2] and all(map(all, legends))
+  assert [len(texts) for _, texts in legends] == [4, 2, 2] and all(
+    all(texts) for _, texts in legends
+  )
+  assert [above for above, _ in legends[1:]] == [True, True]  # no line is hidden
