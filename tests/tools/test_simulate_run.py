@@ -178,7 +178,7 @@ def told(*arguments, **options):
     ticks = [label.get_text() for label in axes.get_yticklabels()]
     print("axes", repr((axes.get_ylabel(), axes.get_xlabel(), ticks)))
     legend = axes.get_legend()
-    above = legend.get_window_extent().y0 >= axes.get_window_extent().y1
+    above = bool(legend.get_window_extent().y0 >= axes.get_window_extent().y1)
     print("legend", repr((above, [text.get_text() for text in legend.get_texts()])))
   return figure
 plots.timeline = told
