@@ -9,6 +9,8 @@ import inspect
 import json
 import math
 import pathlib
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +101,31 @@ def _scheduler() -> scheduler.Settings:
   )
 
 
+def progress(what: str, steps: int) -> Callable[[int, float], None]:
+  """Tells of a simulation's batches on stderr, at most a few times a second.
+
+  Args:
+    what: is simulated.
+    steps: of it.
+  """
+  started = time.perf_counter()
+  told = [started - 1.0]
+
+  def tell(step: int, seconds: float) -> None:
+    now = time.perf_counter()
+    if step == steps or now - told[0] > 0.5:
+      told[0] = now
+      spent = now - started
+      print(
+        f"{what}: batch {step} of {steps}, {seconds:,.0f} virtual s; {spent:.0f} s, "
+        f"{spent / step * (steps - step):.0f} s to go",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  return tell
+
+
 def cluster() -> assumed.Said:
   """What the configuration that `read` has parsed says of the run's model, trainer and servers.
 
@@ -108,7 +135,7 @@ def cluster() -> assumed.Said:
   try:
     options = _bound("trainer.trainer.model_options") or {}
     mesh = _bound("trainer.trainer.mesh")
-    if not isinstance(mesh, Mapping):
+    if not isinstance(mesh, Mapping) or not all(isinstance(size, int) for size in mesh.values()):
       raise ValueError(
         "trainer.trainer.mesh: expected the trainer's devices, such as {'fsdp': 8} (without a "
         f"--scenario nothing else tells them), got {mesh!r}"
@@ -148,7 +175,7 @@ def _servers() -> dict[str, Any]:
   options: Mapping[str, Any] = _bound(f"inference.{server}.options") or {}
   running = options.get("slots", options.get("max_running_requests"))
   return {
-    "servers": len(urls) if urls else count,
+    "servers": len(urls) if urls else count or None,  # none of its own: they are elsewhere
     "server_devices": options.get("tp_size"),
     "max_running": running,
     "memory_share": options.get("mem_fraction_static"),

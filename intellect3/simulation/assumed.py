@@ -63,6 +63,16 @@ class Said:
   max_running: int | None = None
   memory_share: float | None = None
 
+  def __post_init__(self) -> None:
+    for field in ("trainer_devices", "servers", "server_devices", "max_running"):
+      value = getattr(self, field)
+      whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+      if not whole and (value is not None or field == "trainer_devices"):
+        raise ValueError(f"{field}: expected an integer of at least 1, got {value!r}")
+    share = self.memory_share
+    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+      raise ValueError(f"memory_share: expected a share above 0 and at most 1, got {share!r}")
+
 
 def make(
   run: RunSettings, said: Said, hardware: Hardware, target: str

@@ -99,3 +99,18 @@ def test_any_scenario_can_be_dumped(tmp_path):
 def test_a_model_that_fits_nowhere_is_refused():
   with pytest.raises(ValueError, match="devices: expected enough for 212 GB of weights, got 1"):
     make(server_devices=1)
+
+
+@pytest.mark.parametrize(
+  ("said", "message"),
+  [
+    ({"trainer_devices": 0}, "trainer_devices: expected an integer of at least 1, got 0"),
+    ({"servers": "x"}, "servers: expected an integer of at least 1, got 'x'"),
+    ({"server_devices": 2.0}, "server_devices: expected an integer of at least 1, got 2.0"),
+    ({"max_running": True}, "max_running: expected an integer of at least 1, got True"),
+    ({"memory_share": 85}, "memory_share: expected a share above 0 and at most 1, got 85"),
+  ],
+)
+def test_what_a_run_file_cannot_mean_is_refused(said, message):
+  with pytest.raises(ValueError, match=message):
+    make(**said)
