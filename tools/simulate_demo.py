@@ -137,7 +137,7 @@ def compare(
     sweep.with_steps(run, steps),
     given,
     warm_up_steps=min(10, steps // 4),
-    progress=_progress(steps),
+    progress=simulated_run.progress("simulated", steps),
   )
   predicted = {
     "trainer_idle_share": report["trainer_idle_share"],
@@ -179,14 +179,6 @@ def _slots() -> int | None:
 def _servers(run_dir: pathlib.Path, steps: Sequence[int]) -> int:
   rows = reality.rows_of(run_dir, "orchestrator", steps)
   return max(1, round(sum(row.get("servers", 1) for row in rows) / len(rows)))
-
-
-def _progress(steps: int) -> Any:
-  def tell(step: int, seconds: float) -> None:
-    if step % 20 == 0 or step == steps:
-      print(f"simulated {step} of {steps} batches, {seconds:,.1f} virtual s", file=sys.stderr)
-
-  return tell
 
 
 def table(result: Mapping[str, Any]) -> str:

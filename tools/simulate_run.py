@@ -18,7 +18,6 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from experiments import gin_config
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         run,
         given,
         trace=trace,
-        progress=_progress(run.steps, started),
+        progress=simulated_run.progress("simulated", run.steps),
         sample_seconds=sample_seconds,
       )
   except (gin_config.ConfigError, ValueError, OSError) as error:
@@ -102,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--seed", type=int, help="of run and scenario; by default their own")
   parser.add_argument("--steps", type=int, help="by default the run's")
   parser.add_argument("--json", metavar="OUT", help="where the whole report goes")
-  parser.add_argument("--trace", metavar="OUT", help="where every event goes, as JSON lines")
+  parser.add_argument("--trace", metavar="OUT", help="where its events go, as JSON lines")
   parser.add_argument(
     "--plot", metavar="OUT.png", help="where a picture of the run's last three steps goes"
   )
@@ -154,30 +153,11 @@ def assumptions(given: scenario.Scenario, notes: assumed.Notes) -> str:
   return "assumed, no scenario given:\n" + scenario_file.dump(given, notes).rstrip()
 
 
-def _progress(steps: int, started: float) -> Callable[[int, float], None]:
-  """Tells of every batch on stderr, at most a few times a second."""
-  told = [0.0]
-
-  def tell(step: int, seconds: float) -> None:
-    now = time.perf_counter()
-    if step == steps or now - told[0] > 0.5:
-      told[0] = now
-      spent = now - started
-      left = spent / step * (steps - step)
-      print(
-        f"batch {step} of {steps}, {seconds:,.0f} virtual s; {spent:.0f} s, {left:.0f} s to go",
-        file=sys.stderr,
-        flush=True,
-      )
-
-  return tell
-
-
 def table(report: dict[str, Any]) -> str:
   """The report's main figures as people read them."""
   step, stale = report["step_seconds"], report["staleness"]
   queues, groups = report["queues"], report["groups"]
-  told = report["orchestrator"]
+  told, events = report["orchestrator"], report["events"]
   rows = [
     ("scenario", report["scenario"]),
     ("steps (warm-up)", f"{report['steps']} ({report['warm_up_steps']})"),
@@ -227,7 +207,11 @@ def table(report: dict[str, Any]) -> str:
       "rollouts in all",
       ", ".join(f"{name} {count:,}" for name, count in report["accounting"].items()),
     ),
-    ("simulated in", f"{report['host']['wall_seconds']:.1f} s, {report['events']:,} events"),
+    (
+      "simulated in",
+      f"{report['host']['wall_seconds']:.1f} s; {events['traced']:,} events of rollouts, batches "
+      f"and syncs (--trace), {events['messages']:,} messages, {events['servers']:,} segments' ends",
+    ),
   ]
   if report["slow_segments"]:
     rows.append(

@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
       if getattr(arguments, name) < (name != "warm_up"):
         flag = f"--{name.replace('_', '-')}"
         raise ValueError(f"{flag}: expected more, got {getattr(arguments, name)}")
-    run = simulated_run.read(gin_config.read(arguments.gin, arguments.bindings))
+    text = gin_config.read(arguments.gin, arguments.bindings)
+    run = simulated_run.read(text, without_jax=False)
     given = _on_nodes(scenario_file.load(arguments.scenario), arguments.nodes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.into is not None:
@@ -301,12 +302,12 @@ def _timeline(
   """Draws steps of the whole cluster, once it has settled."""
   warm_up = sweep.warm_up(run, 0)
   run = sweep.with_steps(run, warm_up + steps)
-
-  def progress(step: int, seconds: float) -> None:
-    print(f"timeline: {step} of {run.steps} batches, {seconds:,.0f} virtual s", file=sys.stderr)
-
   report = throughput.simulate(
-    run, given, sample_seconds=10.0, warm_up_steps=warm_up, progress=progress
+    run,
+    given,
+    sample_seconds=10.0,
+    warm_up_steps=warm_up,
+    progress=simulated_run.progress("timeline", run.steps),
   )
   last = plots.last_served(report)
   figure = plots.timeline(report, first=max(2, last - TIMELINE_STEPS + 1), last=last)

@@ -72,10 +72,12 @@ class Cluster:
     await asyncio.sleep(sync.pause_seconds)
     if one.losses == losses and not one.down:
       one.pause()
+      self._watch.event("paused", server=url)
       try:
         await asyncio.sleep(load_seconds)
         if one.losses == losses:
           one.load(version, flush=self._flush)
+          self._watch.event("loaded", server=url, version=version)
           await asyncio.sleep(sync.resume_seconds)
       finally:
         one.resume()

@@ -28,7 +28,7 @@ def make(
   warm_up: int,
   samples: Sequence[tuple[float, Sequence[int], Sequence[int], int]],
   counts: Mapping[str, int],
-  events: int,
+  events: Mapping[str, int],
 ) -> dict[str, Any]:
   """The report.
 
@@ -41,10 +41,11 @@ def make(
     warm_up: steps left out.
     samples: (seconds, running and waiting by server, waiting for a slot at the clients).
     counts: of the accounting, at the end.
-    events: that happened in all.
+    events: that happened in all, by kind.
 
   Returns:
-    scenario, steps, warm_up_steps, seed; virtual_seconds, events: of the whole run.
+    scenario, steps, warm_up_steps, seed; virtual_seconds: of the whole run.
+    events: of the whole run: lines of its trace, messages, ends of segments on servers.
     measured_seconds: between the two commits.
     trainer_idle_share: of the time, waiting for a batch and reading it.
     inference_idle_share: of the servers' time, with nothing to decode or prefill;
@@ -118,7 +119,7 @@ def make(
       "continued": sum(row["reprefilled_tokens/continued"] for row in rows),
     },
     "slow_segments": done.slow_segments - begun.slow_segments,
-    "events": events,
+    "events": dict(events),
     "training": [
       {"step": step, "committed": watch.commits[step], **steps[step]} for step in sorted(steps)
     ],

@@ -23,6 +23,7 @@ from intellect3.simulation import (
   cluster,
   report,
   scenario,
+  traffic,
   trainer,
   watching,
   window,
@@ -138,7 +139,7 @@ class _Simulation:
     )
     self._cluster = cluster.Cluster(given, run.segment_tokens, run.sync_mode == "retract", watch)
     self._servers = self._cluster.servers
-    self._traffic = workers.Traffic()
+    self._traffic = traffic.Traffic()
     learner = trainer.Trainer(
       given.trainer,
       lambda newest: serving.served_version(newest, lag=run.weights_lag, steps=run.steps),
@@ -214,9 +215,11 @@ class _Simulation:
       warm_up=self._warm_up,
       samples=self._samples,
       counts=self._scheduler.accounting.counts(),
-      events=self._watch.events
-      + self._traffic.messages.total()
-      + sum(one.events for one in self._servers.values()),
+      events={
+        "traced": self._watch.events,
+        "messages": self._traffic.messages.total(),
+        "servers": sum(one.events for one in self._servers.values()),
+      },
     )
 
   def _beside(self) -> Iterator[Coroutine[Any, Any, None]]:

@@ -1,14 +1,22 @@
 """What a simulation is seen to do: kept for the report, and written out as a trace where asked.
 
 A trace is JSON lines, each with the virtual second `t` and the `event`; the same run, scenario and
-seeds give the same bytes in every process.
+seeds give the same bytes in every process. Its events, in the order of a rollout's life:
+
+    dispatched, asked (a turn, of which server), finished, and how it was accounted for: trained,
+    filtered, stale, errored, cancelled
+    batch (its rollouts, as workers are asked to write them), committed, stepped, published
+    paused, loaded, synced (a server); server_lost, server_back, worker_lost, worker_back
+    status, evaluated (the run)
+
+Messages, and segments within a turn, are counted and not traced.
 """
 
 import asyncio
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from intellect3.rollouts import accounting, messages
@@ -114,6 +122,10 @@ class Watch:
     if not group.running:
       self.group_seconds.append((group.first - group.dispatched, now - group.dispatched))
       del self._groups[rollout_id // self._group_size]
+
+  def batch(self, step: int, attempt: int, worker: str, rollout_ids: Sequence[int]) -> None:
+    """A worker is asked to write its rollouts of a step's batch."""
+    self.event("batch", step=step, attempt=attempt, worker=worker, rollouts=rollout_ids)
 
   def trained(
     self, step: int, attempt: int, rollout_id: int, made: Mapping[int, int], oldest_version: int

@@ -10,7 +10,8 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from intellect3.simulation import server, watching, workers
+from intellect3.simulation import server, watching
+from intellect3.simulation import traffic as traffic_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def mark(
   servers: Iterable[server.Server],
   counts: Mapping[str, int],
   watch: watching.Watch,
-  traffic: workers.Traffic,
+  traffic: traffic_lib.Traffic,
 ) -> Mark:
   """The counts of now; the servers' longest queues are counted afresh from here.
 

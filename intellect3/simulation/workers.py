@@ -5,7 +5,6 @@ counted; tokens are numbers of tokens. Which server a turn goes to is `inference
 """
 
 import asyncio
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from intellect3 import types
 from intellect3.inference import balance
 from intellect3.rollouts import messages
 from intellect3.simulation import attempts, requests, server, watching
+from intellect3.simulation import traffic as traffic_lib
 
 TOKEN_BYTES = 13
 """Of a token in a shard: id, logprob and version of four bytes each, mask of one."""
@@ -21,23 +21,6 @@ TOKEN_BYTES = 13
 
 RETRIES, BACKOFF_SECONDS, BACKOFF_MAX_SECONDS = 5, 0.5, 30.0
 """Of the client, by default (`inference.client`)."""
-
-
-class Traffic:
-  """Messages and bytes between orchestrator and workers, by kind."""
-
-  def __init__(self) -> None:
-    self.messages: collections.Counter[str] = collections.Counter()
-    self.bytes: collections.Counter[str] = collections.Counter()
-    self._last: tuple[object, int] = None, 0  # what goes to all workers is encoded once
-
-  def count(self, message: messages.ToWorker | messages.FromWorker, times: int = 1) -> None:
-    """Counts a message, sent so many times, at the size that it would have on the wire."""
-    if message is not self._last[0]:
-      self._last = message, len(messages.encode(message))
-    kind = type(message).__name__
-    self.messages[kind] += times
-    self.bytes[kind] += times * self._last[1]
 
 
 @dataclasses.dataclass(slots=True, eq=False, kw_only=True)
@@ -123,7 +106,7 @@ class Worker:
     hears: bool,
     servers: Mapping[str, server.Server],
     send: Callable[[str, messages.FromWorker], None],
-    traffic: Traffic,
+    traffic: traffic_lib.Traffic,
     watch: watching.Watch,
     journal: Journal,
     message_seconds: float,
@@ -269,6 +252,9 @@ class Worker:
       ended=functools.partial(self._answered, running, chosen),
       failed=functools.partial(self._failed, running),
     )
+    self._watch.event(
+      "asked", rollout=running.dispatch.rollout_id, turn=running.turn, server=slot.url
+    )
     chosen.submit(running.request)
 
   def _answered(self, running: _Running, chosen: server.Server) -> None:
@@ -367,6 +353,8 @@ class Worker:
       self._balancer.release(slot)
 
   def _write(self, batch: messages.WriteBatch) -> None:
+    ids = [item.rollout_id for item in batch.items]
+    self._watch.batch(batch.step, batch.attempt, self.name, ids)
     lengths, fresh = [], []
     for item in batch.items:
       finished = self._finished[item.rollout_id]

@@ -160,6 +160,31 @@ def test_the_same_seed_gives_the_same_events():
   dispatched = [event["rollout"] for event in events if event["event"] == "dispatched"]
   ended = [event["rollout"] for event in events if event["event"] in accounting.OUTCOMES]
   assert len(dispatched) == len(set(dispatched)) and sorted(ended) == sorted(dispatched)
+  # What explains a step: who was asked for a turn, what a batch is of, when servers stood still.
+  asked = {(e["rollout"], e["turn"]) for e in events if e["event"] == "asked"}
+  batches = [e for e in events if e["event"] == "batch"]
+  trained = {e["rollout"] for e in events if e["event"] == "trained"}
+  assert {rollout for e in batches for rollout in e["rollouts"]} == trained
+  assert {(rollout, turn) for rollout in trained for turn in range(3)} <= asked
+  still = [
+    (e["event"], e["t"])
+    for e in events
+    if e.get("server") == "http://server-1" and "rollout" not in e
+  ]
+  assert [name for name, _ in still[:3]] == ["paused", "loaded", "synced"]
+  assert still[1][1] - still[0][1] == pytest.approx(still[2][1])  # its own time to load
+
+
+def test_events_are_counted_by_kind():
+  lines = []
+  report = simulate(trace=lines.append)
+  events = report["events"]
+  assert events["traced"] == len(lines)
+  # Ten steps of four rollouts on one server, all of a step ending at once; no warm-up left out.
+  assert events["servers"] == 10
+  # Hello; for a step Servers, four dispatches and summaries, WriteBatch, BatchWritten and Forget;
+  # then word of the last version, and Shutdown.
+  assert events["messages"] == 1 + 10 * (1 + 4 + 4 + 1 + 1 + 1) + 2
 
 
 def test_more_servers_are_never_slower():

@@ -122,7 +122,7 @@ def _simulation(run: settings.RunSettings, given: scenario.Scenario) -> dict[str
   spent = time.process_time() - started
   return {
     "cpu_seconds": spent,
-    "events": float(report["events"]),
+    "events": float(sum(report["events"].values())),
     "rollouts": float(report["accounting"]["dispatched"]),
   }
 
