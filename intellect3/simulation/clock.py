@@ -132,8 +132,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         call = ready.popleft()
         if call.callback is None:
           continue
+        # Who is called back often keeps the call: without this no reference count would free both.
+        arguments, call.arguments = call.arguments, ()
         try:
-          call.context.run(call.callback, *call.arguments)
+          call.context.run(call.callback, *arguments)
         except (SystemExit, KeyboardInterrupt):
           raise
         except BaseException as error:

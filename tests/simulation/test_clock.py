@@ -1,6 +1,8 @@
 """Virtual time: jumps, order, and what never comes."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -122,3 +124,22 @@ def test_much_at_once_is_not_stuck(monkeypatch):
       await asyncio.sleep(1.0)
 
   clock.run(main())
+
+
+def test_what_keeps_its_own_timer_is_freed_when_it_rang():
+  class Waiting:
+    pass
+
+  async def main():
+    one = Waiting()
+    one.timer = asyncio.get_running_loop().call_later(1.0, lambda waiting: None, one)
+    seen = weakref.ref(one)
+    del one
+    await asyncio.sleep(2.0)
+    return seen()
+
+  gc.disable()
+  try:
+    assert clock.run(main()) is None
+  finally:
+    gc.enable()
