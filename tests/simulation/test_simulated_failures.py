@@ -7,7 +7,16 @@ import random
 import pytest
 
 from intellect3.rollouts import accounting
-from intellect3.simulation import clock, cluster, rates, requests, scenario, server, throughput
+from intellect3.simulation import (
+  clock,
+  cluster,
+  rates,
+  requests,
+  scenario,
+  server,
+  throughput,
+  watching,
+)
 from tests.simulation import scenes
 from tests.simulation.test_throughput import busy
 
@@ -151,3 +160,31 @@ def test_losses_are_drawn_from_the_scenarios_seed():
   one, same, other = (clock.run(lost_at(seed)) for seed in (1, 1, 2))
   assert one == same != other
   assert len(one) == pytest.approx(10_000 / 15, rel=0.15)
+
+
+def test_finished_rollouts_of_a_lost_worker_are_not_sampled_again(punctual):
+  """Three rollouts of a step end after 2 s, the fourth 2 s later; in between all workers are lost.
+
+  The third step's sampling begins at 16.25 s; at 19.3 s the fourth has 105 tokens of a segment that
+  nobody was told of.
+  """
+  given = scenes.cluster(
+    servers=scenes.servers(max_running=3),
+    failures=scenario.Failures(worker_mean_seconds=19.3, worker_repair_seconds=1.0),
+  )
+  run = scenes.run(num_workers=2, steps=4)
+  told = throughput.simulate(run, given, warm_up_steps=1)
+  sampled = told["sampled_tokens_per_second"] * told["measured_seconds"]
+  assert sampled == pytest.approx(3 * 800 + 105)
+  assert told["ended"]["trained"] == 12 and told["errored_share"] == 0.0
+
+
+def test_a_batch_that_is_planned_again_counts_once():
+  async def main():
+    watch = watching.Watch(group_size=2, trace=None, timeout_seconds=9.0)
+    watch.trained(5, 1, 0, {4: 100, 2: 50}, 3)
+    watch.trained(5, 2, 1, {4: 30}, 3)
+    watch.trained(5, 2, 2, {3: 7}, 3)
+    return watch.staleness
+
+  assert clock.run(main()) == {5: {0: 30, 1: 7}}

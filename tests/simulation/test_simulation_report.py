@@ -1,5 +1,6 @@
 """Every figure of the report, worked by hand: of counts that were made up, and of small runs."""
 
+import asyncio
 import collections
 import dataclasses
 import types
@@ -7,7 +8,18 @@ import types
 import pytest
 
 from intellect3.rollouts import messages
-from intellect3.simulation import report, scenario, server, throughput, window
+from intellect3.simulation import (
+  clock,
+  rates,
+  report,
+  requests,
+  scenario,
+  server,
+  throughput,
+  traffic,
+  watching,
+  window,
+)
 from tests.simulation import scenes
 
 LENGTHS = range(10, 201, 10)
@@ -292,3 +304,23 @@ def test_servers_are_idle_where_the_trainer_is_behind():
   assert told["step_seconds"]["mean"] == pytest.approx(5.0)
   assert told["inference_idle_share"] == pytest.approx(3 / 5)
   assert told["trainer_idle_share"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_longest_queue_is_that_since_the_mark():
+  settings = scenes.servers(max_running=1)
+
+  async def main():
+    one = server.Server("http://a", settings, rates.Rates(settings), 1000)
+    for _ in range(4):
+      one.submit(
+        requests.Request(
+          group="g", prompt=1, context=1, known=0, version=0, left=100, ended=lambda: None
+        )
+      )
+    await asyncio.sleep(2.5)
+    watch = watching.Watch(group_size=1, trace=None, timeout_seconds=9.0)
+    counted = window.mark(2.5, servers=[one], counts={}, watch=watch, traffic=traffic.Traffic())
+    await asyncio.sleep(2.0)
+    return counted.usages[0].most_waiting, one.settle().most_waiting
+
+  assert clock.run(main()) == (3, 1)
