@@ -114,6 +114,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
   def _run_once(self) -> None:
     """Round after round until `stop`: what was asked for in the last one, then the timers due."""
     ready, scheduled = self._ready, self._scheduled
+    next_ready, next_due = ready.popleft, heapq.heappop
     rounds, second = 0, self._now
     while True:
       if not ready and not self._stopping:
@@ -125,17 +126,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
         rounds, second = 0, self._now
       due = self._now + _RESOLUTION
       while scheduled and scheduled[0][0] <= due:
-        call = heapq.heappop(scheduled)[2]
+        call = next_due(scheduled)[2]
         if call.callback is not None:
           ready.append(call)
       for _ in range(len(ready)):
-        call = ready.popleft()
-        if call.callback is None:
+        call = next_ready()
+        if (callback := call.callback) is None:
           continue
         # Who is called back often keeps the call: without this no reference count would free both.
         arguments, call.arguments = call.arguments, ()
         try:
-          call.context.run(call.callback, *arguments)
+          call.context.run(callback, *arguments)
         except (SystemExit, KeyboardInterrupt):
           raise
         except BaseException as error:
