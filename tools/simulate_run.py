@@ -153,6 +153,11 @@ def assumptions(given: scenario.Scenario, notes: assumed.Notes) -> str:
   return "assumed, no scenario given:\n" + scenario_file.dump(given, notes).rstrip()
 
 
+def _seconds(value: float) -> str:
+  """Seconds of a demo or of a cluster: three digits, or all of the whole ones."""
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def table(report: dict[str, Any]) -> str:
   """The report's main figures as people read them."""
   step, stale = report["step_seconds"], report["staleness"]
@@ -161,10 +166,11 @@ def table(report: dict[str, Any]) -> str:
   rows = [
     ("scenario", report["scenario"]),
     ("steps (warm-up)", f"{report['steps']} ({report['warm_up_steps']})"),
-    ("virtual time", f"{report['virtual_seconds']:,.0f} s"),
+    ("virtual time", f"{_seconds(report['virtual_seconds'])} s"),
     (
       "step",
-      f"mean {step['mean']:,.1f} s, median {step['p50']:,.1f}, p90 {step['p90']:,.1f}"
+      f"mean {_seconds(step['mean'])} s, median {_seconds(step['p50'])}, "
+      f"p90 {_seconds(step['p90'])}"
       + (f"; drift {drift['seconds_per_token']:+.1%}" if (drift := report["drift"]) else ""),
     ),
     ("trainer idle", f"{report['trainer_idle_share']:.1%}"),
@@ -192,7 +198,7 @@ def table(report: dict[str, Any]) -> str:
     ("failed", f"{report['errored_share']:.2%} of rollouts"),
     (
       "group's last rollout",
-      ", ".join(f"{name} {value:,.0f} s" for name, value in groups["last_seconds"].items()),
+      ", ".join(f"{name} {_seconds(value)} s" for name, value in groups["last_seconds"].items()),
     ),
     (
       "requests per server",
