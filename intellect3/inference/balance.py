@@ -294,13 +294,13 @@ class Balancer:
     Raises:
       NoServers: no slot came free in time, or too many wait already.
     """
-    home = self._home(prefer, affinity)
-    if (server := self._choose(home)) is not None:
-      return self._take(server)
+    if (server := self.take(prefer=prefer, affinity=affinity)) is not None:
+      return server
     if self.waiting >= self._max_waiting:
       raise NoServers(f"{self._why_none()}; {self._max_waiting} requests wait already")
     limit = self._max_wait_seconds if within is None else within
-    turn = _Turn(asyncio.get_running_loop().create_future(), home)
+    slot = asyncio.get_running_loop().create_future()
+    turn = _Turn(slot, self._home(prefer, affinity))
     self._waiting.append(turn)
     try:
       async with asyncio.timeout(limit):
