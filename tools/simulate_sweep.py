@@ -38,7 +38,7 @@ from intellect3.simulation import (
 from tools import simulated_run
 
 SPLITS = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8)
-IN_FLIGHT = (0.5, 0.75, 1.0, 1.5, 2.0)
+IN_FLIGHT = (0.5, 0.75, 1.0, 1.125, 1.25, 1.5)
 BOUNDS = (1, 2, 4, 8, 16)
 SEGMENTS = (1024, 4096, 16384)
 LENGTHS = (0.5, 1.0, 2.0)
