@@ -258,6 +258,31 @@ def test_a_key_has_one_home_whoever_asks_and_moves_only_with_its_server(key, url
     assert home_of(key, urls - {gone}) == home
 
 
+def test_a_group_finds_its_home_also_when_the_servers_change():
+  urls = [f"http://s{i}" for i in range(8)]
+
+  async def main():
+    balancer = Balancer(urls, 100)
+
+    def asked():
+      return balancer.take(affinity="group").url
+
+    first = home_of("group", urls)
+    others = [url for url in urls if url != first]
+    second = home_of("group", others)
+    assert asked() == first
+    balancer.fence(first, "wrong")
+    assert asked() == second
+    balancer.admit(first)
+    assert asked() == first
+    balancer.set_servers(others)
+    assert asked() == second
+    balancer.set_servers(urls)
+    assert asked() == first
+
+  asyncio.run(main())
+
+
 def test_homes_are_spread():
   urls = [f"http://s{i}" for i in range(4)]
   homes = [home_of(f"train-{group}", urls) for group in range(400)]

@@ -63,6 +63,16 @@ def test_requests_share_the_rate_of_their_number():
   assert serve(settings, play) == pytest.approx([1.0, 2.0])
 
 
+def test_who_came_first_stands_first_when_segments_end_together():
+  settings = scenes.servers(max_running=2)
+
+  async def play(one, now):
+    return await ended(one, now, request(100), request(100), request(50))
+
+  # After half a second the third and, again, the first go on; the second waits for them.
+  assert serve(settings, play, segment_tokens=50) == pytest.approx([1.0, 1.5, 1.0])
+
+
 def test_cached_tokens_slow_every_step():
   settings = scenes.servers(seconds_per_cached_token=0.001)
 
