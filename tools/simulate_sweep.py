@@ -93,13 +93,15 @@ SWEEPS: Mapping[str, Callable[..., list[sweep.Variant]]] = {
   function.__name__: function
   for function in (split, in_flight, staleness, segments, lengths, slower, updates)
 }
+_AGES = (plots.STALENESS, plots.OLDEST)
+_COST = (plots.STEP, plots.TOKENS, plots.TRAINER_IDLE)
 SHOWN = {
-  "split": ("nodes that train : serve", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
-  "in_flight": ("rollouts in flight", (plots.STEP, plots.TRAINER_IDLE, plots.LONGEST_DROPPED)),
-  "staleness": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.LONGEST_DROPPED)),
-  "segments": ("tokens of a segment", (plots.STEP, plots.INFERENCE_IDLE, plots.STALENESS)),
-  "lengths": ("median of the lengths, tokens", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
-  "slower": ("times as slow as assumed", (plots.STEP, plots.TRAINER_IDLE, plots.STALENESS)),
+  "split": ("nodes that train : serve", (*_COST, plots.LONGEST_DROPPED, *_AGES)),
+  "in_flight": ("rollouts in flight", (*_COST, plots.LONGEST_DROPPED, *_AGES)),
+  "staleness": ("bound on staleness", (*_COST, plots.LONGEST_DROPPED, *_AGES)),
+  "segments": ("tokens of a segment", (plots.STEP, plots.TOKENS, *_AGES)),
+  "lengths": ("median of the lengths, tokens", (plots.STEP, plots.TRAINER_IDLE, *_AGES)),
+  "slower": ("times as slow as assumed", (plots.STEP, plots.TRAINER_IDLE, *_AGES)),
   "updates": ("bound on staleness", (plots.STEP, plots.TRAINER_IDLE, plots.INFERENCE_IDLE)),
 }
 """By sweep: what its axis says, and its panels."""
@@ -279,7 +281,10 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   """Draws a sweep; places are those of the whole cluster, not of the part simulated."""
   x_label, quantities = SHOWN[result["name"]]
   factor = result["shrink"] if result["name"] in ("split", "in_flight") else 1
-  rows = [{**row, "x": row["x"] * factor} for row in result["rows"]]
+  rows = [
+    {**row, "x": row["x"] * factor, "trained_tokens_per_second": _tokens(row, result)}
+    for row in result["rows"]
+  ]
   ticks = None
   if result["name"] == "split":
     nodes = sum(int(part) for part in result["rows"][0]["label"].split(" : ")) * factor

@@ -30,7 +30,9 @@ class Quantity:
 STEP = Quantity("step_seconds", "seconds a step")
 TRAINER_IDLE = Quantity("trainer_idle_share", "trainer idle, %", 100)
 INFERENCE_IDLE = Quantity("inference_idle_share", "inference idle, %", 100)
-STALENESS = Quantity("rollout_staleness", "staleness of rollouts, steps")
+TOKENS = Quantity("trained_tokens_per_second", "thousand tokens trained a second", 1e-3)
+STALENESS = Quantity("token_staleness", "mean staleness of tokens, steps")
+OLDEST = Quantity("rollout_staleness", "of rollouts' oldest tokens, steps")
 LONGEST_DROPPED = Quantity("longest_stale_share", "dropped of the longest tenth, %", 100)
 
 
@@ -46,6 +48,8 @@ def last_served(report: Mapping[str, Any]) -> int:
 
 def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:
   """Trainer, weight syncs, and requests on the servers, from the end of step first - 1 to last's.
+
+  Shaded is what comes after the run's last batch, when nothing more is asked of the servers.
 
   Args:
     report: of `throughput.simulate` with `sample_seconds`.
@@ -81,7 +85,10 @@ def timeline(report: Mapping[str, Any], *, first: int, last: int) -> Figure:
   spread.set_ylim(bottom=0)
   spread.set_xlabel(f"minutes since the end of step {first - 1}")
   spread.set_xlim(0, (ended - begun) / 60)
+  over = (report["training"][-1]["committed"] - begun) / 60
   for axes in (running, spread):
+    if over < (ended - begun) / 60:
+      axes.axvspan(over, (ended - begun) / 60, color=GREY, alpha=0.3, lw=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     # Above the lines: where they run differs from run to run.
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2, fontsize=8, frameon=False)
@@ -145,7 +152,7 @@ def sweep(
   """
   if not rows:
     raise ValueError("rows: expected at least one, got none")
-  columns = min(3, len(quantities))
+  columns = 2 if len(quantities) == 4 else min(3, len(quantities))
   lines = -(-len(quantities) // columns)
   figure = Figure(figsize=(WIDTH, 0.5 + 2.5 * lines), layout="constrained")
   panels = figure.subplots(lines, columns, squeeze=False).ravel()

@@ -7,8 +7,9 @@ from intellect3.simulation import plots
 REPORT = {
   "scenario": "a cluster",
   "training": [
-    {"step": 1, "waiting": 0.0, "begun": 60.0, "stepped": 240.0, "ended": 300.0},
-    {"step": 2, "waiting": 300.0, "begun": 360.0, "stepped": 840.0, "ended": 900.0},
+    {"step": 1, "waiting": 0.0, "begun": 60.0, "stepped": 240.0, "ended": 300.0, "committed": 0.0},
+    {"step": 2, "waiting": 300.0, "begun": 360.0, "stepped": 840.0, "ended": 900.0}
+    | {"committed": 360.0},
   ],
   "syncs": [[1, "http://a", 300.0, 420.0], [1, "http://b", 310.0, 480.0]],
   "timeline": {
@@ -53,6 +54,22 @@ def test_a_timeline_has_all_requests_and_their_spread():
   assert lines(spread) == {"median server": [6, 6, 2]}
   assert spread.get_xlim() == (0, 10)
   assert spread.get_xlabel() == "minutes since the end of step 1"
+
+
+def test_what_comes_after_the_last_batch_is_shaded():
+  _, running, spread = plots.timeline(REPORT, first=2, last=2).axes
+  for axes in (running, spread):
+    (shade,) = axes.patches
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == (1.0, 10.0)
+  first, last = REPORT["training"]
+  served = {**REPORT, "training": [first, {**last, "committed": 900.0}]}
+  assert not plots.timeline(served, first=2, last=2).axes[1].patches
+
+
+def test_the_last_step_that_is_served_ends_before_the_last_batch_is_there():
+  rows = [{"step": s, "ended": 10.0 * s, "committed": 10.0 * s - 25.0} for s in (1, 2, 3, 4, 5)]
+  assert plots.last_served({"training": rows}) == 2
+  assert plots.last_served({"training": [{**row, "committed": 1.0} for row in rows]}) == 1
 
 
 def test_a_sweep_has_a_line_for_each_series_at_its_places():
