@@ -32,7 +32,7 @@ TRAINER_IDLE = Quantity("trainer_idle_share", "trainer idle, %", 100)
 INFERENCE_IDLE = Quantity("inference_idle_share", "inference idle, %", 100)
 TOKENS = Quantity("trained_tokens_per_second", "thousand tokens trained a second", 1e-3)
 STALENESS = Quantity("token_staleness", "mean staleness of tokens, steps")
-OLDEST = Quantity("rollout_staleness", "of rollouts' oldest tokens, steps")
+OLDEST = Quantity("rollout_staleness", "staleness of oldest tokens, steps")
 LONGEST_DROPPED = Quantity("longest_stale_share", "dropped of the longest tenth, %", 100)
 
 
