@@ -393,7 +393,8 @@ class Orchestrator:
       self._fail(f"{type(error).__name__}: {error}")
 
   def _fail(self, reason: str) -> None:
-    logger.error("%s", reason)
-    self._failure = self._failure or reason
+    if not self._failure:  # the first ends the run; those that follow from it say nothing new
+      logger.error("%s", reason)
+      self._failure = reason
     if self._done is not None and not self._done.done():
       self._done.set_exception(RunFailed(reason))

@@ -261,10 +261,11 @@ def test_what_does_not_fit_together_is_refused(run, given, message):
     ),
   ],
 )
-def test_a_run_that_never_trains_ends_as_in_production(run, environment, message):
+def test_a_run_that_never_trains_ends_as_in_production(run, environment, message, caplog):
   cluster = scenes.cluster(environments={"default": scenes.environment(**environment)})
   with pytest.raises(ports.RunFailed, match=message):
     simulate(scenes.run(max_groups_in_vain=64, **run), cluster)
+  assert len([entry for entry in caplog.records if entry.levelname == "ERROR"]) == 1
 
 
 def test_a_warm_up_must_leave_steps():
