@@ -19,7 +19,7 @@ import asyncio
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SPILL_FACTOR = 1.25
@@ -188,6 +188,7 @@ class Balancer:
     self._homes: dict[str, str | None] = {}  # of the last keys, while the set stays as it is
     self._waiting: deque[_Turn] = deque()
     self._slots_given = 0
+    self._time: Callable[[], float] | None = None  # the loop's, once one runs
     self.set_servers(urls)
 
   @property
@@ -335,10 +336,12 @@ class Balancer:
     return self._homes[affinity]
 
   def _choose(self, home: str | None) -> Server | None:
+    if self._time is None:
+      self._time = asyncio.get_running_loop().time  # once: it asks the system each time
     return choose(
       self._servers,
       room=self._max_concurrency,
-      now=asyncio.get_running_loop().time(),
+      now=self._time(),
       home=home,
       spill=self._spill,
     )
