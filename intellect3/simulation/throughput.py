@@ -81,9 +81,9 @@ def simulate(
 
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
-  """Looks for garbage in cycles less often: there is little, and looking takes a quarter of all."""
+  """Hardly looks for garbage in cycles: there is none to speak of, and looking takes long."""
   before = gc.get_threshold()
-  gc.set_threshold(200_000, 50, 50)
+  gc.set_threshold(2_000_000, 50, 50)
   try:
     yield
   finally:
