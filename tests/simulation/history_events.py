@@ -17,7 +17,7 @@ DONE = {
 }
 NOT_DONE = {
   "refused": "refuses to {what}",
-  "lost": "is to {what}: no answer",
+  "lost": "is to {what}, and does not answer",
   "unheard": ", but its answer is lost",
   "wrong": "fails the canary of v{version}",
 }
@@ -27,6 +27,15 @@ def _what(message):
   if isinstance(message, messages.RolloutSummary):
     return f"{'rollout' if message.purpose == 'train' else 'held-out'} {message.rollout_id}"
   return f"its shard of batch {message.step}" if is_written(message) else message.reason
+
+
+def _how(summary):
+  if summary.error is not None:
+    return "in an error"
+  oldest, newest = summary.oldest_version, summary.newest_version
+  tokens = f"v{oldest}" if oldest == newest else f"v{oldest} to v{newest}"
+  cut = ", cut short" if summary.truncated else ""
+  return f"with reward {summary.reward:g}{cut}, {f'of {tokens}' if newest >= 0 else 'of no tokens'}"
 
 
 def single(function):
@@ -95,9 +104,7 @@ class History(World):
     links[0].running.discard(key)
     if summary.error is None:
       links[0].held.add(key)
-    versions = f"v{summary.oldest_version}-{summary.newest_version}"
-    line = f"rollout {key} ends: {summary.error or summary.reward} {kind} {versions}"
-    self._say(links[0], summary, line, late)
+    self._say(links[0], summary, f"rollout {key} ends {_how(summary)}", late)
 
   def _summary(self, key, reward, kind, span):
     """None where it cannot end now: no server that it could be on makes tokens."""
@@ -155,7 +162,8 @@ class History(World):
       metrics={},
       seconds=1.0,
     )
-    self._say(self.links[name], summary, f"held-out {key} ends: {reward}", late)
+    how = "in an error" if reward is None else f"with reward {reward:g}"
+    self._say(self.links[name], summary, f"held-out {key} ends {how}", late)
 
   def _say(self, link, message, line, late):
     if late:
@@ -301,9 +309,9 @@ class History(World):
     double, call = calls[which % len(calls)]
     version = call.body.get("weight_version", double.version)
     done = DONE[what].format(version=version)
-    told = NOT_DONE.get(how, "").format(what=what, version=version)
-    if how == "wrong" and what != "canary":
-      told = NOT_DONE["refused"].format(what=what)
+    end = "refused" if how == "wrong" and what != "canary" else how
+    doing = "score the canary" if what == "canary" else what
+    told = NOT_DONE.get(end, "").format(what=doing, version=version)
     line = done if how == "ok" else f"{done}{told}" if how == "unheard" else told
     self.act(f"{double.url} {line}", double.end, call, how)
 

@@ -62,7 +62,8 @@ def _check_end(world, due, error):
   said = str(error)
   late = "no server after" in said and world.loop.time() - world.since > START - 1e-6
   known = (due is not None and due in said) or late or exhausted(world)
-  expect(known, f"the run ends: {type(error).__name__}: {said}; due {due}")
+  cause = "nothing called for it" if due is None else f"due was {due!r}"
+  expect(known, f"the run ends, {cause}: {type(error).__name__}: {said}")
 
 
 def _writing(world):

@@ -30,6 +30,7 @@ def kind(reason):
   return re.sub(r"\d+", "#", re.split(r"[\[({]", reason, maxsplit=1)[0])
 
 
+MOST_FOR_TWO = 60  # events; of more there are too many pairs
 NEVER = "the run never ends"
 
 
@@ -72,10 +73,21 @@ class Search:
       while begin < len(self.events):
         rest = self.events[:begin] + self.events[begin + size :]
         if not self.again(self.given, rest, fewer=1):
-          begin += size
+          begin += max(1, size // 2)
       if size == 1:
         return
       size //= 2
+
+  def leave_out_two(self):
+    """Leaves out two events that are not neighbours, as one may undo what the other did."""
+    first = 0
+    while first < len(self.events) <= MOST_FOR_TWO:
+      second = first + 2
+      while second < len(self.events):
+        rest = [e for place, e in enumerate(self.events) if place not in (first, second)]
+        if not self.again(self.given, rest, fewer=1):
+          second += 1
+      first += 1
 
   def simplify(self):
     """Takes the simplest run and the simplest arguments that do."""
@@ -120,4 +132,6 @@ def smallest(make, given, events, reason, *, budget=1500):
     before = search.given, search.events
     search.leave_out()
     search.simplify()
+    if before == (search.given, search.events):
+      search.leave_out_two()
   return search.told

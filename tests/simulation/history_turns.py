@@ -34,6 +34,12 @@ class History(Single):
     self.die(which)
     self.wait(POLL)
 
+  def forsake(self):
+    """All workers are gone, and none comes in time."""
+    while self.links and not self.over:
+      self.leave(0)
+    self.wait(101.0)
+
   def relapse(self, which, how):
     """A server is gone, comes back, and fails the canary of the version that it had served."""
     self.lose(which)
@@ -83,9 +89,11 @@ class History(Single):
         return
       getattr(self, what)(0, "ok")
 
-  def straggle(self, rounds, count, pattern, span, stop=None):
+  def straggle(self, rounds, count, pattern, span):
     """The oldest rollouts run on while others end, are trained on, and change the weights."""
-    self.turn(rounds, self.config.group, 1 << 10, 0x9A5C36, "fresh", stop)
+    self.turn(rounds, self.config.group, 1 << 10, 0x9A5C36, "fresh")
+    while not self.over and any(double.calls for double in self.doubles.values()):
+      self.bring(0)
     self.finish(0, count, pattern, "ok", span, False)
 
   def finish_everything(self):

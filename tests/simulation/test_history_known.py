@@ -241,3 +241,18 @@ def test_a_worker_that_fails_while_the_servers_are_waited_for_ends_the_run():
     assert history.over and "worker_0: no such environment" in str(history.task.exception())
   finally:
     history.close()
+
+
+def test_held_out_tasks_of_a_lost_worker_go_to_another(begin):
+  history = begin(workers=2, evaluation=1)
+  history.leave(0)
+  assert sorted(history.links["worker_1"].exams) == [-2, -1]
+  for _ in range(2):
+    history.score(0, 1.0, False)
+  assert history.phase == "training"
+
+
+def test_a_run_without_workers_ends_with_the_reason_whatever_its_servers_do(begin):
+  history = begin(workers=2, servers=2)
+  history.forsake()
+  assert "no worker is left, for 100 s" in str(history.task.exception())

@@ -63,8 +63,8 @@ a group may be dispatched, and is not
      0 s        worker_1 joins
      0 s        http://0 goes on
               -> sync of v0
-     0 s        http://0 pauses
      0 s        worker_0 is gone
+     0 s        http://0 pauses
      0 s        http://0 loads v0
      0 s        http://0 goes on
      0 s  v0    http://0 passes the canary of v0
