@@ -227,21 +227,23 @@ def pickup_seconds(run_dir: pathlib.Path, steps: Collection[int]) -> float:
 
   Trainer and orchestrator each tell how long their steps took, one after the other. The clocks are
   set so that the quickest pick-up takes as long as the trainer's shortest waits (the batch lay
-  ready, and was read).
+  ready, and was read). A run that was resumed in between has other clocks after it.
 
   Args:
     run_dir: of the run.
     steps: to average over.
+
+  Raises:
+    ValueError: a step up to the last of them is missing.
   """
-  rows = {
-    role: telemetry.read_metrics(telemetry.metrics_path(run_dir, role))
-    for role in ("trainer", "orchestrator")
-  }
-  ended = np.cumsum(_column(rows["trainer"], "loop_seconds"))
-  waited = _column(rows["trainer"], "wait_seconds")
-  begun = ended - _column(rows["trainer"], "loop_seconds") + waited
-  committed = np.cumsum(_column(rows["orchestrator"], "collect_seconds"))
-  chosen = np.isin([row["step"] for row in rows["trainer"]], sorted(steps))
+  last = max(steps)
+  trainer, orchestrator = (
+    rows_of(run_dir, role, range(1, last + 1)) for role in ("trainer", "orchestrator")
+  )
+  waited, took = _column(trainer, "wait_seconds"), _column(trainer, "loop_seconds")
+  begun = np.cumsum(took) - took + waited
+  committed = np.cumsum(_column(orchestrator, "collect_seconds"))
+  chosen = np.array(sorted(steps)) - 1
   apart = (begun - committed)[chosen]
   ready = float(np.quantile(waited[chosen], 0.05))
   idle = waited[chosen] > 2 * ready

@@ -206,6 +206,8 @@ def test_a_batch_is_picked_up_after_its_commit(tmp_path):
   expected = ready + (0.1 + 0.3 + 0.0) / 3
   assert reality.pickup_seconds(tmp_path, range(1, 5)) == pytest.approx(expected)
   assert reality.pickup_seconds(tmp_path, [3]) == pytest.approx(0.4)
+  with pytest.raises(ValueError, match="expected 5 steps, got 4; not \\[5\\]"):
+    reality.pickup_seconds(tmp_path, [2, 5])
 
 
 def test_how_many_ran_and_ended(run_dir):
