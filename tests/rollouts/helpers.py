@@ -71,3 +71,12 @@ def free_port():
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
+
+
+def finish_group(machine, dispatches, rewards, **changes):
+  for dispatch, reward in zip(dispatches, rewards, strict=True):
+    machine.finished(make_summary(dispatch, reward=reward, **changes))
+
+
+def groups(dispatches, size=3):
+  return [dispatches[i : i + size] for i in range(0, len(dispatches), size)]
