@@ -111,10 +111,10 @@ COLUMNS: Sequence[tuple[str, str, Callable[[float], str]]] = (
   ("trainer idle", "trainer_idle_share", "{:.0%}".format),
   ("servers idle", "inference_idle_share", "{:.0%}".format),
   ("running on each", "running_per_server", "{:.0f}".format),
-  ("staleness: tokens", "token_staleness", "{:.2f}".format),
-  ("rollouts", "rollout_staleness", "{:.2f}".format),
+  ("staleness of tokens", "token_staleness", "{:.2f}".format),
+  ("of oldest tokens", "rollout_staleness", "{:.2f}".format),
   ("dropped", "stale_share", "{:.2%}".format),
-  ("longest tenth", "longest_stale_share", "{:.1%}".format),
+  ("of longest tenth", "longest_stale_share", "{:.1%}".format),
   ("tokens masked", "masked_token_share", "{:.2%}".format),
   ("tokens/s", "trained_tokens_per_second", "{:,.0f}".format),
 )
