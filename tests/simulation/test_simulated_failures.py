@@ -188,3 +188,51 @@ def test_a_batch_that_is_planned_again_counts_once():
     return watch.staleness
 
   assert clock.run(main()) == {5: {0: 30, 1: 7}}
+
+
+def test_clients_give_up_after_some_failures(punctual):
+  """The fleet looks too rarely to see that the only server is gone: six failures in 7.75 s."""
+  given = scenes.cluster(
+    failures=scenario.Failures(server_mean_seconds=13.5, server_repair_seconds=9.0)
+  )
+  events = []
+  run = scenes.run(steps=4, server_poll_seconds=20.0)
+  told = throughput.simulate(run, given, warm_up_steps=1, trace=events.append)
+  failed = [json.loads(line) for line in events if '"errored"' in line]
+  assert {event["reason"] for event in failed} == {"ServerUnavailable"}
+  assert [event["t"] for event in failed[:4]] == pytest.approx([13.5 + 7.75] * 4)
+  assert told["errored_share"] > 0
+
+
+def test_a_server_that_is_lost_while_weights_are_brought_has_none():
+  given = scenes.cluster(sync=scenario.Sync(pause_seconds=1.0, load_seconds=4.0))
+
+  async def main():
+    watch = watching.Watch(group_size=1, trace=None, timeout_seconds=9.0)
+    servers = cluster.Cluster(given, 100, False, watch)
+    (url,) = servers.servers
+    bringing = asyncio.ensure_future(servers.bring(url, 1, lambda told: None))
+    await asyncio.sleep(2.0)
+    servers.servers[url].lose()
+    servers.servers[url].restart()
+    lost = await bringing
+    again = await servers.bring(url, 1, lambda told: None)
+    return lost, again, servers.servers[url].version, len(watch.syncs)
+
+  lost, again, version, syncs = clock.run(main())
+  assert (lost.ok, lost.answered) == (False, False)
+  assert (again.ok, version, syncs) == (True, 1, 1)
+
+
+def test_a_group_is_through_without_those_that_are_lost():
+  async def main():
+    watch = watching.Watch(group_size=2, trace=None, timeout_seconds=9.0)
+    watch.dispatched(6)
+    watch.dispatched(7)
+    await asyncio.sleep(1.0)
+    watch.ended(7, "errored", "worker lost")
+    await asyncio.sleep(2.0)
+    watch.ended(6, "errored", "worker lost")
+    return watch.group_seconds
+
+  assert clock.run(main()) == [(1.0, 3.0)]
