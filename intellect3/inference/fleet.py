@@ -16,7 +16,7 @@ Nothing here probes `/health`: of a paused server that makes a broken one.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from intellect3.inference.control import ServerControl
@@ -72,13 +72,13 @@ class Settings:
 @dataclass(eq=False)
 class _Member:
   url: str
+  lock: asyncio.Lock  # of the url: one that left and came back may still be in a load
   state: str = "joining"
   version: int | None = None
   reason: str = ""
   misses: int = 0
   backoff: float = 0.0
   due: float = 0.0
-  lock: asyncio.Lock = field(default_factory=asyncio.Lock)
   counters: Mapping[str, int] | None = None
   task: asyncio.Task | None = None
 
@@ -111,6 +111,7 @@ class Fleet:
     self._settings = settings
     self._version: int | None = None
     self._members: dict[str, _Member] = {}
+    self._locks: dict[str, asyncio.Lock] = {}
     self._told: Mapping[str, int] | None = None
     self._newest = 0  # version that was ever told
     self._tasks: dict[asyncio.Task, None] = {}  # in order, as a set is not
@@ -291,7 +292,7 @@ class Fleet:
     wanted = list(dict.fromkeys(self._wanted()))
     for url in wanted:
       if url not in self._members:
-        self._members[url] = _Member(url)
+        self._members[url] = _Member(url, self._locks.setdefault(url, asyncio.Lock()))
     gone = [url for url in self._members if url not in wanted]
     for url in gone:
       del self._members[url]
