@@ -52,7 +52,7 @@ def _settings() -> settings.RunSettings:
     name: _value(orchestrator.orchestrator, name)
     for name in (
       *("weights_lag", "evaluation_tasks", "sync_mode", "sync_patience_seconds"),
-      *("server_poll_seconds", "server_patience_seconds"),
+      *("server_poll_seconds", "server_patience_seconds", "worker_patience_seconds"),
     )
   }
   clients = {

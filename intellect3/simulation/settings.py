@@ -41,6 +41,7 @@ class RunSettings:
   sync_patience_seconds: float = 30.0
   server_poll_seconds: float = 2.0
   server_patience_seconds: float = 600.0
+  worker_patience_seconds: float = 600.0
   max_concurrency: int = 256
   segment_tokens: int = 4096
   spill_requests: int = 16

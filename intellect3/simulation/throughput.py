@@ -163,6 +163,7 @@ class _Simulation:
       steps=run.steps,
       seed=run.scheduler.seed,
       server_patience_seconds=run.server_patience_seconds,
+      worker_patience_seconds=run.worker_patience_seconds,
       evaluation_tasks=run.evaluation_tasks,
     )
     self._fleet = fleet.Fleet(
