@@ -224,9 +224,11 @@ class Fleet:
         self._note_failure(member, version, result)
 
       result = await self._bring(member.url, version, unusable)
-    if self._members.get(member.url) is not member:
+    present = self._members.get(member.url)
+    if present is None:
       return result  # it left meanwhile
     if result.reason is None:
+      member = present  # perhaps it left and came back
       member.state, member.version, member.reason = "serving", version, ""
       member.misses, member.backoff = 0, 0.0
       self._tell()

@@ -118,6 +118,7 @@ async def conduct(parts: Parts, outside: Outside, make_door: MakeDoor) -> None:
       scheduler_state=left.scheduler_state,
       dispatched=left.dispatched,
       distrusted=left.distrusted,
+      lives=left.lives,
     )
     door = make_door(orchestrator, lambda version: published.set())
     closing.append(door.batch_committed)

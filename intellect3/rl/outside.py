@@ -90,12 +90,14 @@ class Left:
     scheduler_state: of its manifest.
     dispatched: rollouts dispatched in all.
     distrusted: (url, oldest version) of servers whose rollouts are not to be trusted.
+    lives: processes that orchestrated the run before this one.
   """
 
   step: int = 0
   scheduler_state: Mapping[str, Any] | None = None
   dispatched: int = 0
   distrusted: Sequence[tuple[str, int]] = ()
+  lives: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,7 @@ class LogOnDisk:
   def __init__(self, log_dir: pathlib.Path, journal_dir: pathlib.Path) -> None:
     self._root = log_dir
     self._dispatched = log_dir / "dispatched"
+    self._lives = log_dir / "lives"
     self._distrusted = log_dir / "distrusted.jsonl"
     self._journal_dir = journal_dir
 
@@ -187,7 +190,9 @@ class LogOnDisk:
     total = int(self._dispatched.read_text() or 0) if self._dispatched.exists() else 0
     for name in rollout_log.remove_uncommitted(self._root):
       logger.warning("removed %s: it was never committed", name)
-    left = Left(dispatched=total, distrusted=self._read_distrusted())
+    lives = 1 + (int(self._lives.read_text() or 0) if self._lives.exists() else 0)
+    self._keep(self._lives, lives)
+    left = Left(dispatched=total, distrusted=self._read_distrusted(), lives=lives)
     manifest = last_batch(self._root)
     if manifest is None:
       return left
@@ -210,10 +215,13 @@ class LogOnDisk:
 
   def dispatched(self, total: int) -> None:
     """See Log."""
-    self._dispatched.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self._dispatched.with_suffix(".tmp")
-    temporary.write_text(str(total))
-    temporary.rename(self._dispatched)
+    self._keep(self._dispatched, total)
+
+  def _keep(self, path: pathlib.Path, count: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(str(count))
+    temporary.rename(path)
 
   def distrusted(self, url: str, version: int) -> None:
     """See Log."""

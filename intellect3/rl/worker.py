@@ -130,7 +130,7 @@ def worker(
     def make_journals(failed: Callable[[str], None]) -> journal.Store:
       assert journal_seconds is not None
       return journal.Store(
-        shared.journal_dir, owner=owner, seconds=journal_seconds, failed=failed, act=beside_disk
+        shared.journal_dir, seconds=journal_seconds, failed=failed, act=beside_disk
       )
 
     async def release() -> None:

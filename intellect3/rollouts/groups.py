@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from intellect3.rollouts import credit, filters, messages
+from intellect3.rollouts.scheduler_settings import Settings
 
 
 @dataclasses.dataclass
@@ -79,10 +80,10 @@ def members(group_id: int, size: int) -> range:
 
 
 def dispatch(
-  group: Group, rollout_id: int, *, size: int, run_seed: int, temperature: float, continued: bool
+  group: Group, rollout_id: int, settings: Settings, *, continued: bool
 ) -> messages.Dispatch:
-  """What starts a rollout of a group; the same in every process, but for `continued`."""
-  sample = rollout_id % size
+  """What starts a rollout of a group; the same in every process, but for its attempt."""
+  sample = rollout_id % settings.rollouts_per_prompt
   return messages.Dispatch(
     rollout_id=rollout_id,
     group_id=group.group_id,
@@ -90,9 +91,9 @@ def dispatch(
     environment=group.environment,
     split="train",
     index=group.index,
-    seed=rollout_seed(run_seed, group.environment, group.index, group.group_id, sample),
-    temperature=temperature,
-    continued=continued,
+    seed=rollout_seed(settings.seed, group.environment, group.index, group.group_id, sample),
+    temperature=settings.temperature,
+    attempt=int(continued),
   )
 
 

@@ -4,19 +4,20 @@ Place in the ring: beside the conversation (contract 7). After a crash a rollout
 again from its start; turns, effects and times that the journal holds are given to it as they were,
 and a turn that was cut off goes on from the tokens it has.
 
-    RUN/journal/rollout_000000123      one file a rollout, removed once it is trained or let go
+    RUN/journal/rollout_000000123/0      a file an attempt, removed once it is trained or let go
 
 A file is begun only when a rollout has had something for `seconds`, so a rollout that is over by
 then costs nothing, and a crash costs at most so much time, or a segment. An effect is on disk
 before its rollout goes on. What is written survives a process, not a disk that loses its cache.
 
-A file is a row of frames (length, CRC-32, owner, record); what follows a cut or damaged one is
-ignored. Each process that takes a rollout over writes the file anew under its own name, so that
-what a process adds that was only thought dead is ignored too.
+A file is a row of frames (length, CRC-32, record); what follows a damaged one is ignored. Who takes
+a rollout over, a higher attempt, begins a file of its own with what it found: a process that was
+only thought dead writes and removes nothing of those that came after it.
 """
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -38,8 +39,7 @@ logger = logging.getLogger(__name__)
 Act = Callable[..., Awaitable[Any]]
 """Runs a function with its arguments, beside the event loop."""
 
-_HEAD = struct.Struct("<II8s")
-_NAME = "rollout_{:09d}"
+_HEAD = struct.Struct("<II")
 
 
 class JournalFailed(Exception):
@@ -212,14 +212,15 @@ class _Kept(Journal):
       if self.dropped or not self._unwritten:
         return
       records, self._unwritten = self._unwritten, []
-      data = b"".join(_frame(self._store.owner, types.encode(record)) for record in records)
+      data = b"".join(_frame(types.encode(record)) for record in records)
       self.exists = True
       try:
         await self._store.act(_append if self._mine else _begin, self.path, data)
-      except FileNotFoundError:
-        self.dropped = True  # another process has ended the rollout, or the run is complete
       except OSError as error:
-        self._store.failed(f"journal: {self.path.name}: {error}")
+        if self._mine and isinstance(error, FileNotFoundError):
+          self.dropped = True  # a later attempt has ended the rollout, or the run is complete
+          return
+        self._store.failed(f"journal: {_told(self.path)}: {error}")
         raise JournalFailed(str(error)) from error
       self._mine = True
 
@@ -235,7 +236,7 @@ class _Kept(Journal):
       try:
         await self._store.act(_remove, self.path)
       except OSError as error:
-        self._store.failed(f"journal: {self.path.name}: {error}")
+        self._store.failed(f"journal: {_told(self.path)}: {error}")
 
 
 class Store:
@@ -243,7 +244,6 @@ class Store:
 
   Args:
     directory: of all journals of the run.
-    owner: a word of at most 8 bytes that no process of this run has had before.
     seconds: how long something may wait until it is written.
     failed: is told why nothing can be written.
     act: runs a function that waits for the disk, beside the event loop.
@@ -253,13 +253,11 @@ class Store:
     self,
     directory: pathlib.Path,
     *,
-    owner: str,
     seconds: float,
     failed: Callable[[str], None],
     act: Act = asyncio.to_thread,
   ) -> None:
     self._directory = directory
-    self.owner = owner.encode()[:8]
     self.seconds = seconds
     self.failed = failed
     self.act = act
@@ -271,17 +269,17 @@ class Store:
 
     One that is there and cannot be read is told of: the run ends.
     """
-    path = self._directory / _NAME.format(dispatch.rollout_id)
-    begun = msgspec.structs.replace(dispatch, continued=False)
+    path = self._directory / f"rollout_{dispatch.rollout_id:09d}" / str(dispatch.attempt)
+    begun = msgspec.structs.replace(dispatch, attempt=0)
     records: list[_Record] = []
     recorded = Recorded()
     if dispatch.continued:
       try:
         records = _decoded(path, await self.act(read, path))
       except OSError as error:
-        self.failed(f"journal: {path.name}: {error}")
+        self.failed(f"journal: {_told(path)}: {error}")
       if records[:1] != [_Begun(begun)]:
-        records = []  # another attempt's, or nobody's
+        records = []  # another rollout's, of a configuration before, or nobody's
       for record in records:
         recorded.add(record)
     kept = _Kept(self, path, recorded, records or [_Begun(begun)])
@@ -319,22 +317,36 @@ class Store:
 
 
 def read(path: pathlib.Path) -> list[bytes]:
-  """The records of a journal, encoded, up to the first damaged one; none where there is no file."""
+  """The records of the last attempt before this path's that has any, up to a damaged one."""
+  for number in sorted(_attempts(path.parent), reverse=True):
+    if number < int(path.name):
+      try:
+        data = (path.parent / str(number)).read_bytes()
+      except FileNotFoundError:  # removed meanwhile
+        continue
+      if payloads := _payloads(data):
+        return payloads
+  return []
+
+
+def _attempts(directory: pathlib.Path) -> list[int]:
+  """The numbers of a rollout's files."""
   try:
-    data = path.read_bytes()
+    return [int(name) for name in os.listdir(directory) if name.isdigit()]
   except FileNotFoundError:
     return []
+
+
+def _payloads(data: bytes) -> list[bytes]:
   payloads: list[bytes] = []
-  place, first = 0, b""
+  place = 0
   while len(data) - place >= _HEAD.size:
-    length, crc, owner = _HEAD.unpack_from(data, place)
+    length, crc = _HEAD.unpack_from(data, place)
     payload = data[place + _HEAD.size : place + _HEAD.size + length]
-    if len(payload) < length or zlib.crc32(owner + payload) != crc:
+    if len(payload) < length or zlib.crc32(payload) != crc:
       break
     place += _HEAD.size + length
-    first = first or owner
-    if owner == first:
-      payloads.append(payload)
+    payloads.append(payload)
   return payloads
 
 
@@ -342,7 +354,7 @@ def _decoded(path: pathlib.Path, payloads: Sequence[bytes]) -> list[_Record]:
   try:
     return [types.decode(payload, _Record) for payload in payloads]  # type: ignore[arg-type]
   except msgspec.ValidationError as error:
-    logger.warning("%s is of another version of this program, not read: %s", path.name, error)
+    logger.warning("journal %s: of another version of this program: %s", _told(path), error)
     return []
 
 
@@ -351,27 +363,37 @@ def clear(directory: pathlib.Path) -> None:
   shutil.rmtree(directory, ignore_errors=True)
 
 
-def _frame(owner: bytes, payload: bytes) -> bytes:
-  owner = owner.ljust(8, b"\0")
-  return _HEAD.pack(len(payload), zlib.crc32(owner + payload), owner) + payload
+def _told(path: pathlib.Path) -> str:
+  return f"{path.parent.name}/{path.name}"
+
+
+def _frame(payload: bytes) -> bytes:
+  return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
 
 def _begin(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file anew: it is there whole, or as it was."""
-  path.parent.mkdir(parents=True, exist_ok=True)
+  """Makes an attempt's file: whole, or not at all."""
   temporary = path.with_name(f"{path.name}.tmp")
-  temporary.write_bytes(data)
-  os.replace(temporary, path)
+  while True:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # the one before removed the empty directory
+      temporary.write_bytes(data)
+      return os.replace(temporary, path)
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
-  # Not created again: who took the rollout over may have removed it.
+  # Not created again: a later attempt may have removed it.
   with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as file:
     file.write(data)
 
 
 def _remove(path: pathlib.Path) -> None:
-  path.unlink(missing_ok=True)
+  """Removes an attempt's file and those before it."""
+  for number in _attempts(path.parent):
+    if number <= int(path.name):
+      (path.parent / str(number)).unlink(missing_ok=True)
+  with contextlib.suppress(OSError):  # a later one has its own there, or nobody had any
+    path.parent.rmdir()
 
 
 def _crc(ids: Sequence[int]) -> int:

@@ -15,8 +15,8 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True, tag="dispatch"):
   """Start a rollout.
 
   `purpose` is `train` or `eval`; an eval rollout is scored and forgotten, never logged. `seed`
-  fixes every random choice of the rollout (contract 10). `continued`: another process had it
-  before, and may have left a journal of it.
+  fixes every random choice of the rollout (contract 10). `attempt` grows from one process that has
+  the rollout to the next; from 1 on, one before may have left a journal of it.
   """
 
   rollout_id: int
@@ -28,7 +28,12 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True, tag="dispatch"):
   seed: int
   temperature: float
   purpose: str = "train"
-  continued: bool = False
+  attempt: int = 0
+
+  @property
+  def continued(self) -> bool:
+    """Whether another process had it before."""
+    return self.attempt > 0
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):

@@ -7,6 +7,7 @@ event loop, everything outside through `Ports`, so the same code runs under a vi
 
 import asyncio
 import collections
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,15 +32,13 @@ class Orchestrator:
     make_scheduler: builds the scheduler from the environments' training sizes.
     ports: the outside.
     num_workers: how many workers must have said hello before anything starts.
-    steps: last training step.
-    seed: run seed.
-    server_patience_seconds: how long the run goes on without any server.
-    worker_patience_seconds: how long it goes on without any worker, once all were there.
-    evaluation_tasks: held-out tasks per environment evaluated greedily at the first and last
-      version; 0 for none.
+    steps, seed: the run's last training step, and its seed.
+    server_patience_seconds, worker_patience_seconds: how long the run goes on without any.
+    evaluation_tasks: held-out tasks per environment, greedy, at the first and last version.
     scheduler_state: of the last manifest, on a resume.
     dispatched: rollouts dispatched before a resume, those after the last manifest included.
     distrusted: what was said of servers before a resume: (url, oldest version).
+    lives: processes that orchestrated the run before; attempts are numbered on from theirs.
   """
 
   def __init__(
@@ -56,6 +55,7 @@ class Orchestrator:
     scheduler_state: Mapping[str, Any] | None = None,
     dispatched: int = 0,
     distrusted: Sequence[tuple[str, int]] = (),
+    lives: int = 0,
   ) -> None:
     self._make_scheduler = make_scheduler
     self._ports = ports
@@ -74,6 +74,7 @@ class Orchestrator:
     self._news = asyncio.Event()  # of servers
     self._adrift: list[messages.Dispatch] = []  # to be assigned, once there is a worker
     self._lost_with: collections.Counter[int] = collections.Counter()  # workers, by rollout
+    self._attempts = itertools.count((lives << 32) + 1)
     self._held_out = evaluation.HeldOut(evaluation_tasks, seed)
     self._plan: BatchPlan | None = None  # that is being committed
     self._commit_task: asyncio.Task[None] | None = None
@@ -298,6 +299,8 @@ class Orchestrator:
       self._fail(f"{type(error).__name__}: {error}")
 
   def _assign(self, dispatch: messages.Dispatch) -> None:
+    if dispatch.continued:
+      dispatch = msgspec.structs.replace(dispatch, attempt=next(self._attempts))
     name = self._holdings.assign(dispatch.rollout_id, continued=dispatch.continued)
     self._links[name].post(dispatch)
 
@@ -346,13 +349,10 @@ class Orchestrator:
   async def _commit(self, plan: BatchPlan) -> None:
     written = await asyncio.gather(*self._written.values(), return_exceptions=True)
     shards = [shard for shard in written if isinstance(shard, types.ShardEntry)]
-    whole, self._plan = self._plan is plan, None
-    if not whole or len(shards) < len(written):  # its rollouts begin again: plan again
-      logger.warning("the batch of step %d is planned again: a worker is gone", plan.step)
-      return
+    whole, self._plan = self._plan is plan and len(shards) == len(written), None
     scheduler = self._scheduler
     assert scheduler is not None
-    if not all(scheduler.accounting.is_open(rollout_id) for rollout_id in plan.advantages):
+    if not whole or not all(scheduler.accounting.is_open(key) for key in plan.advantages):
       logger.warning("the batch of step %d is planned again: it lost rollouts", plan.step)
       return
     scheduler.commit(plan)

@@ -11,7 +11,6 @@ dispatched only where, first in first out, it would be batched within `max_off_p
 comes late nevertheless is dropped or masked when its batch is planned.
 """
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -62,7 +61,7 @@ class Scheduler:
     self._next_group = 0
     self._groups: dict[int, groups_lib.Group] = {}  # in dispatch order
     self._running = 0  # rollouts of all groups
-    self._again: collections.deque[list[int]] = collections.deque()  # to be started again, by group
+    self._again: dict[int, list[int]] = {}  # group -> rollouts to be started again
     self._completed: dict[int, None] = {}  # groups with something to train, as they completed
     self._unchecked: dict[int, None] = {}  # of these, those not yet held against `_checked`
     self._checked: int | None = None  # the oldest version that was allowed at the last look
@@ -82,12 +81,14 @@ class Scheduler:
     if self.version < 0 or self.next_step > self._settings.steps:
       return started
     while self._again:
-      if self._running + len(self._again[0]) > self._settings.max_rollouts_in_flight:
+      group_id, ids = next(iter(self._again.items()))
+      if self._running + len(ids) > self._settings.max_rollouts_in_flight:
         return started
-      ids = self._again.popleft()
-      group = self._groups[self._group_of(ids[0])]
+      del self._again[group_id]
       self._running += len(ids)
-      started.extend(self._dispatch(group, rollout_id, continued=True) for rollout_id in ids)
+      for rollout_id in ids:
+        group = self._groups[group_id]
+        started.append(groups_lib.dispatch(group, rollout_id, self._settings, continued=True))
     while self._may_dispatch():
       started.extend(self._new_group())
     return started
@@ -114,20 +115,8 @@ class Scheduler:
       continued = self.accounting.is_open(rollout_id)
       if not continued:
         self.accounting.dispatch(rollout_id)
-      started.append(self._dispatch(group, rollout_id, continued=continued))
+      started.append(groups_lib.dispatch(group, rollout_id, self._settings, continued=continued))
     return started
-
-  def _dispatch(
-    self, group: groups_lib.Group, rollout_id: int, *, continued: bool
-  ) -> messages.Dispatch:
-    return groups_lib.dispatch(
-      group,
-      rollout_id,
-      size=self._settings.rollouts_per_prompt,
-      run_seed=self._settings.seed,
-      temperature=self._settings.temperature,
-      continued=continued,
-    )
 
   def _group_of(self, rollout_id: int) -> int:
     return rollout_id // self._settings.rollouts_per_prompt
@@ -159,7 +148,7 @@ class Scheduler:
     """Rollouts whose worker is gone, running or finished: another one goes on with them."""
     for group, ids in self._taken_back(rollout_ids):
       group.running.update(ids)
-      self._again.append(ids)
+      self._again.setdefault(group.group_id, []).extend(ids)
 
   def _taken_back(self, rollout_ids: Sequence[int]) -> list[tuple[groups_lib.Group, list[int]]]:
     """Those of these that are in flight, by group, as if none had finished or been started."""
@@ -167,7 +156,11 @@ class Scheduler:
     for rollout_id in rollout_ids:
       group = self._groups.get(self._group_of(rollout_id))
       if group is not None and self.accounting.is_open(rollout_id):
-        self._running -= rollout_id in group.running
+        waiting = self._again.get(group.group_id, [])
+        if rollout_id in waiting:
+          waiting.remove(rollout_id)
+        elif rollout_id in group.running:
+          self._running -= 1
         group.summaries.pop(rollout_id, None)
         taken.setdefault(group.group_id, []).append(rollout_id)
     for group_id in taken:
@@ -388,7 +381,7 @@ class Scheduler:
     self._in_vain.batched(self.accounting.reasons())
     for group in map(groups_lib.Group.restore, state["groups"]):
       self._groups[group.group_id] = group
-      self._again.append(sorted(group.running))
+      self._again[group.group_id] = sorted(group.running)
       self.accounting.reopen(group.running)
 
   def _end(self, rollout_id: int, outcome: str, reason: str = "") -> None:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,17 +37,13 @@ async def at_once(act, *arguments):
   return act(*arguments)
 
 
-def store(directory, owner="one", *, seconds=0.0, act=at_once, told=None):
+def store(directory, *, seconds=0.0, act=at_once, told=None):
   failed = (told if told is not None else []).append
-  return journal.Store(directory, owner=owner, seconds=seconds, failed=failed, act=act)
+  return journal.Store(directory, seconds=seconds, failed=failed, act=act)
 
 
-def again(dispatch=DISPATCH):
-  return messages.Dispatch(**{**_fields(dispatch), "continued": True})
-
-
-def _fields(dispatch):
-  return {name: getattr(dispatch, name) for name in dispatch.__struct_fields__}
+def again(attempt=1, **changes):
+  return msgspec.structs.replace(DISPATCH, attempt=attempt, **changes)
 
 
 @dataclasses.dataclass
@@ -131,8 +128,8 @@ def lives(directory, deaths, seconds=0.0):
 
   async def live(number, death):
     policy.version = number
-    here = store(directory, f"life{number}", seconds=seconds, told=told)
-    talk = talk_to(policy, await here.open(again() if number else DISPATCH))
+    here = store(directory, seconds=seconds, told=told)
+    talk = talk_to(policy, await here.open(again(number)))
     task = asyncio.ensure_future(attempt.run(talk))
     await asyncio.wait([task], timeout=death)
     if task.done():
@@ -167,6 +164,7 @@ def test_a_rollout_that_is_killed_at_any_moments_ends_as_one_that_was_not(deaths
     broken, talk, policy, attempt = lives(directory / "broken", deaths)
     assert broken == whole
     same_tokens(talk.trajectories(), plain.trajectories())
+    assert talk.reprefilled_tokens == plain.reprefilled_tokens
     versions = np.concatenate([one.policy_versions for one in talk.trajectories()])
     sampled = versions[versions >= 0]
     assert np.all(np.diff(sampled) >= 0)  # each token kept the version that it was sampled with
@@ -199,7 +197,7 @@ def test_an_effect_is_on_disk_before_its_rollout_goes_on_and_tokens_soon_after(t
     await talk.send([{"role": "user", "content": "ab"}])
     assert not list(tmp_path.iterdir())
     await talk.effect("buy", lambda: asyncio.sleep(0, "done"))
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*/*")
     before = path.stat().st_size
     await talk.send([{"role": "user", "content": "cd"}])
     assert path.stat().st_size == before
@@ -225,15 +223,17 @@ def test_time_goes_on_where_it_was(tmp_path):
     talk = talk_to(Policy(), await store(tmp_path).open(DISPATCH))
     assert talk.now() == 50.0
     await asyncio.sleep(1.0)
+    assert talk.now() == 51.0
+    await asyncio.sleep(1.0)
 
   async def second():
-    talk = talk_to(Policy(), await store(tmp_path, "two").open(again()))
-    began = talk.now()
+    talk = talk_to(Policy(), await store(tmp_path).open(again()))
+    began, then = talk.now(), talk.now()
     await asyncio.sleep(2.0)
-    return began, talk.now()
+    return began, then, talk.now()
 
   clock.run(first())
-  assert clock.run(second()) == (50.0, 52.0)
+  assert clock.run(second()) == (50.0, 51.0, 53.0)
 
 
 def written(tmp_path):
@@ -246,8 +246,8 @@ def written(tmp_path):
     await asyncio.sleep(1.0)
 
   clock.run(main())
-  (path,) = tmp_path.iterdir()
-  return path, journal.read(path)
+  (path,) = tmp_path.glob("*/*")
+  return path, journal.read(path.with_name("1"))
 
 
 def test_a_journal_cut_anywhere_or_damaged_is_read_up_to_there(tmp_path):
@@ -257,13 +257,13 @@ def test_a_journal_cut_anywhere_or_damaged_is_read_up_to_there(tmp_path):
   seen = set()
   for length in range(len(data)):
     path.write_bytes(data[:length])
-    got = journal.read(path)
+    got = journal.read(path.with_name("1"))
     assert got == records[: len(got)]
     seen.add(len(got))
   assert seen == set(range(len(records)))
   for place in range(0, len(data), 7):
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    got = journal.read(path)
+    got = journal.read(path.with_name("1"))
     assert got == records[: len(got)] and len(got) < len(records)
 
 
@@ -275,39 +275,49 @@ def test_a_turn_whose_last_token_was_kept_and_its_end_was_not_is_whole(tmp_path)
     for n, one in enumerate(kept)
     if getattr(one, "piece", None) is not None and one.piece.finish_reason == "stop"
   )
-  path.write_bytes(b"".join(journal._frame(b"one", record) for record in records[: stop + 1]))
+  path.write_bytes(b"".join(journal._frame(record) for record in records[: stop + 1]))
   policy = Policy()
 
   async def main():
-    talk = talk_to(policy, await store(tmp_path, "two").open(again()))
+    talk = talk_to(policy, await store(tmp_path).open(again()))
     return await talk.send([{"role": "user", "content": "ab"}])
 
   assert clock.run(main()).finish_reason == "stop" and policy.segments == 0
 
 
-def test_what_a_process_that_was_thought_dead_adds_is_ignored(tmp_path):
+def test_a_process_that_was_thought_dead_cannot_spoil_what_another_one_keeps(tmp_path):
   async def main():
-    first, second = store(tmp_path, "first"), store(tmp_path, "second")
-    old = await first.open(DISPATCH)
-    await old.keep_effect("a#0", b"1")
-    new = await second.open(again())
+    first, second = store(tmp_path, seconds=5.0), store(tmp_path)
+    idle, busy = store(tmp_path, seconds=5.0), await first.open(DISPATCH)
+    await busy.keep_effect("a#0", b"1")
+    late = await idle.open(again(1))  # takes it over, and is cut off before it writes
+    new = await second.open(again(2))
     assert new.effect("a#0") == b"1"
     await new.keep_effect("b#0", b"2")
-    await old.keep_effect("b#0", b"9")
-    third = await store(tmp_path, "third").open(again())
-    return third.effect("a#0"), third.effect("b#0")
+    await busy.keep_effect("b#0", b"9")
+    late.now(lambda: 3.0)
+    await asyncio.sleep(6.0)  # its timer rings
+    first.drop(DISPATCH.rollout_id)
+    idle.drop(DISPATCH.rollout_id)
+    await asyncio.sleep(1.0)
+    await new.keep_effect("c#0", b"3")
+    third = await store(tmp_path).open(again(3))
+    second.drop(DISPATCH.rollout_id)
+    await asyncio.sleep(1.0)
+    return [third.effect(path) for path in ("a#0", "b#0", "c#0")]
 
-  assert clock.run(main()) == (b"1", b"2")
+  assert clock.run(main()) == [b"1", b"2", b"3"]
+  assert not list(tmp_path.iterdir())  # the last removed what the others had left
 
 
 @pytest.mark.parametrize("field", ["seed", "index", "group_id", "environment", "temperature"])
 def test_the_journal_of_another_attempt_is_not_taken(tmp_path, field):
   written(tmp_path)
   values = {"seed": 12, "index": 5, "group_id": 4, "environment": "other", "temperature": 0.5}
-  other = messages.Dispatch(**{**_fields(again()), field: values[field]})
+  other = again(**{field: values[field]})
 
   async def main():
-    return (await store(tmp_path, "two").open(other)).effect("search#0")
+    return (await store(tmp_path).open(other)).effect("search#0")
 
   assert clock.run(main()) is None
 
@@ -316,7 +326,7 @@ def test_an_environment_that_takes_another_path_is_an_error(tmp_path):
   written(tmp_path)
 
   async def main():
-    talk = talk_to(Policy(), await store(tmp_path, "two").open(again()))
+    talk = talk_to(Policy(), await store(tmp_path).open(again()))
     with pytest.raises(journal.JournalMismatch, match="turn 0: the prompt is not the one"):
       await talk.send([{"role": "user", "content": "another"}])
 
@@ -325,10 +335,10 @@ def test_an_environment_that_takes_another_path_is_an_error(tmp_path):
 
 def test_a_journal_of_another_program_is_begun_anew(tmp_path):
   path, _ = written(tmp_path)
-  path.write_bytes(journal._frame(b"one", b"\x93\xa5begun\xc0\xc0"))
+  path.write_bytes(journal._frame(b"\x93\xa5begun\xc0\xc0"))
 
   async def main():
-    return (await store(tmp_path, "two").open(again())).effect("search#0")
+    return (await store(tmp_path).open(again())).effect("search#0")
 
   assert clock.run(main()) is None
 
@@ -350,11 +360,11 @@ def test_a_full_disk_is_told_and_the_effect_fails(tmp_path):
 
   clock.run(main())
   assert len(told) >= 2
-  assert set(told) == {"journal: rollout_000000007: [Errno 28] No space left on device"}
+  assert set(told) == {"journal: rollout_000000007/0: [Errno 28] No space left on device"}
 
 
 def test_a_run_that_is_complete_keeps_no_journal(tmp_path):
   path, _ = written(tmp_path / "journal")
-  journal.clear(path.parent)
-  assert not path.parent.exists()
-  journal.clear(path.parent)
+  journal.clear(tmp_path / "journal")
+  assert not path.parent.parent.exists()
+  journal.clear(tmp_path / "journal")

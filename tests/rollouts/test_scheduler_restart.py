@@ -32,7 +32,7 @@ def test_a_restart_starts_what_was_in_flight_again_and_then_what_it_would_have_d
   assert resumed.dispatch() == []  # no server has weights yet
   resumed.weights(1)
   again = resumed.dispatch()
-  plain = [msgspec.structs.replace(dispatch, continued=False) for dispatch in again]
+  plain = [msgspec.structs.replace(dispatch, attempt=0) for dispatch in again]
   assert plain == [dispatched[6], *dispatched[8:], *later]
   assert all(dispatch.continued for dispatch in again)
   assert resumed.accounting.counts() == counts
@@ -104,3 +104,17 @@ def test_what_a_lost_worker_had_is_started_again_and_its_group_waits_for_it():
     machine.finished(make_summary(dispatch, reward=reward))
   assert machine.plan_batch().advantages == {0: -0.5, 1: 0.5, 2: 0.0}
   assert machine.accounting.counts()["errored"] == 0
+
+
+def test_what_is_lost_before_it_was_started_again_is_an_error_once():
+  machine = make_scheduler(make_settings(prompts_per_step=1))
+  machine.weights(0)
+  first, second, *_ = groups(machine.dispatch())
+  machine.again([dispatch.rollout_id for dispatch in (*first[:2], *second)])
+  machine.lost([dispatch.rollout_id for dispatch in (first[0], *second)], "worker lost")
+  again = machine.dispatch()
+  assert again[0].rollout_id == 1 and again[0].continued
+  assert [dispatch.continued for dispatch in again[1:]] == [False] * (len(again) - 1)
+  assert machine.accounting.counts()["errored"] == 4
+  running = machine.accounting.counts()["in_flight"]  # nothing has finished
+  assert machine._running == running <= 12

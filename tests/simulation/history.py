@@ -51,6 +51,7 @@ class World:
     }
     self.weights = history_servers.Published()
     self._nonces = itertools.count()
+    self._lives = itertools.count()
     self._make = make
     self.lines, self._row = [], ""
     self.loop = clock.VirtualLoop()
@@ -95,6 +96,7 @@ class World:
       scheduler_state=self._before,
       dispatched=self.total,
       distrusted=tuple(self.distrusted),
+      lives=next(self._lives),
     )
     self.wires = history_servers.Wires(self.doubles)
     self.serving = serving.Serving(

@@ -62,8 +62,10 @@ class Ledger:
     attempt = self.attempts.pop(key)
     expect(attempt.fate == "waiting", f"rollout {key} is dispatched twice")
     expect(self.again[0][0] == key, f"rollout {key} is started again, due is {self.again[0]}")
-    due = msgspec.structs.replace(attempt.dispatch, continued=True)
+    expect(dispatch.attempt > attempt.dispatch.attempt, f"rollout {key}: its attempt must grow")
+    due = msgspec.structs.replace(attempt.dispatch, attempt=dispatch.attempt)
     expect(dispatch == due, f"{dispatch} is started again, due {due}")
+    attempt.dispatch = dispatch
     attempt.worker, attempt.fate, attempt.continued = worker, "running", True
     self.attempts[key] = attempt
     del self.again[0][0]

@@ -153,7 +153,7 @@ def test_a_tool_called_again_after_its_result_was_used_unless_nothing_is_kept():
     made.acted(key(0), 0)
     made.went_on(key(0), 0)
     made.let_go([0] if let_go else [1])
-    made.dispatched(dispatch(0, continued=True))
+    made.dispatched(dispatch(0, attempt=1))
     if breaks:
       with pytest.raises(contracts.Breach, match="contract 7: rollout 0, tool 0"):
         made.acted(key(0), 0)
@@ -191,7 +191,7 @@ def test_what_is_in_a_pool_was_earned_and_is_not_sampled_again():
   for _ in range(2):  # it may have moved since the batch before
     judge.commits(manifest(members=[[3, "easy"]]))
   assert "sampled again" in judge.dispatched(dispatch(2, index=3))
-  assert judge.dispatched(dispatch(2, index=3, continued=True)) is None
+  assert judge.dispatched(dispatch(2, index=3, attempt=1)) is None
   assert judge.dispatched(dispatch(4, index=5)) is None
 
 
