@@ -158,6 +158,12 @@ def _seconds(value: float) -> str:
   return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _unsettled(report: dict[str, Any]) -> str:
+  """A word of warning where the warm-up is shorter than it takes to settle."""
+  short = report["settling_steps"] - report["warm_up_steps"]
+  return f": NOT SETTLED, give --steps {2 * report['settling_steps']} or more" if short > 0 else ""
+
+
 def table(report: dict[str, Any]) -> str:
   """The report's main figures as people read them."""
   step, stale = report["step_seconds"], report["staleness"]
@@ -165,7 +171,7 @@ def table(report: dict[str, Any]) -> str:
   told, events = report["orchestrator"], report["events"]
   rows = [
     ("scenario", report["scenario"]),
-    ("steps (warm-up)", f"{report['steps']} ({report['warm_up_steps']})"),
+    ("steps (warm-up)", f"{report['steps']} ({report['warm_up_steps']}){_unsettled(report)}"),
     ("virtual time", f"{_seconds(report['virtual_seconds'])} s"),
     (
       "step",
@@ -183,7 +189,7 @@ def table(report: dict[str, Any]) -> str:
     (
       "tokens",
       f"sampled {report['sampled_tokens_per_second']:,.0f} /s, "
-      f"trained {report['trained_tokens_per_second']:,.0f} /s",
+      f"trained {report['trained_tokens_per_second']:,.0f} /s with their prompts",
     ),
     (
       "staleness",

@@ -44,7 +44,7 @@ def make(
     events: that happened in all, by kind.
 
   Returns:
-    scenario, steps, warm_up_steps, seed; virtual_seconds: of the whole run.
+    scenario, steps, warm_up_steps, settling_steps, seed; virtual_seconds: of the whole run.
     events: of the whole run: lines of its trace, messages, ends of segments on servers.
     measured_seconds: between the two commits.
     trainer_idle_share: of the time, waiting for a batch and reading it.
@@ -91,6 +91,7 @@ def make(
     "scenario": given.name,
     "steps": run.steps,
     "warm_up_steps": warm_up,
+    "settling_steps": run.settling_steps,
     "seed": run.scheduler.seed,
     "virtual_seconds": steps[last]["ended"],
     "measured_seconds": span,

@@ -48,6 +48,11 @@ class RunSettings:
   wait_seconds: float = 600.0
   timeout_seconds: float = 600.0
 
+  @property
+  def settling_steps(self) -> int:
+    """Steps until a run is what it will go on to be: four times the bound on staleness."""
+    return max(1, 4 * self.scheduler.max_off_policy_steps)
+
   def __post_init__(self) -> None:
     for field, least in (
       ("max_new_tokens", 1),

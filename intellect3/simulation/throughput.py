@@ -67,7 +67,7 @@ def simulate(
     ports.RunFailed: the run ends with a reason.
   """
   _check(run, given)
-  warm_up = min(max(1, 4 * run.scheduler.max_off_policy_steps), run.steps // 2)
+  warm_up = min(run.settling_steps, run.steps // 2)
   if warm_up_steps is not None:
     warm_up = warm_up_steps
   if sample_seconds is not None and not sample_seconds >= 1e-3:
