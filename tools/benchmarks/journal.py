@@ -154,7 +154,7 @@ async def _measure(arguments: argparse.Namespace, seconds: float | None) -> tupl
 
     def journals(failed: Any) -> journal.Store:
       assert seconds is not None
-      return journal.Store(directory, owner="one", seconds=seconds, failed=failed, act=act)
+      return journal.Store(directory, seconds=seconds, failed=failed, act=act)
 
     async def act(function: Any, path: pathlib.Path, *data: bytes) -> Any:
       written.extend(map(len, data))
