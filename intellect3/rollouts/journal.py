@@ -317,15 +317,14 @@ class Store:
 
 
 def read(path: pathlib.Path) -> list[bytes]:
-  """The records of the last attempt before this path's that has any, up to a damaged one."""
+  """The records of the last attempt at this path's rollout that has any, up to a damaged one."""
   for number in sorted(_attempts(path.parent), reverse=True):
-    if number < int(path.name):
-      try:
-        data = (path.parent / str(number)).read_bytes()
-      except FileNotFoundError:  # removed meanwhile
-        continue
-      if payloads := _payloads(data):
-        return payloads
+    try:
+      data = (path.parent / str(number)).read_bytes()
+    except FileNotFoundError:  # removed meanwhile
+      continue
+    if payloads := _payloads(data):
+      return payloads
   return []
 
 

@@ -76,14 +76,15 @@ def test_what_a_lost_worker_held_is_made_again_before_its_group_is_trained(tmp_p
 def test_a_rollout_that_ends_its_workers_is_an_error_in_the_end(tmp_path):
   async def main():
     world = World(tmp_path, steps=2, prompts_per_step=1, max_rollouts_in_flight=3)
-    machine = world.orchestrator()
+    machine = world.orchestrator(lives=2)
     first = Double(machine, "worker_0")
     run = asyncio.ensure_future(machine.run())
     world.versions.put_nowait(0)
-    killed = []
+    killed, attempts = [], []
     for _ in range(orchestrator.MOST_WORKERS):
       await asyncio.sleep(0.1)
       killed.append([each.rollout_id for each in first.started])
+      attempts += [each.attempt for each in first.started]
       machine.disconnected("worker_0")
       first = Double(machine, "worker_0")
     await asyncio.sleep(0.1)
@@ -91,10 +92,12 @@ def test_a_rollout_that_ends_its_workers_is_an_error_in_the_end(tmp_path):
     reasons = machine._scheduler.accounting.reasons()
     run.cancel()
     await asyncio.gather(run, return_exceptions=True)
-    return killed, [each.rollout_id for each in first.started], counts, reasons
+    return killed, attempts, [each.rollout_id for each in first.started], counts, reasons
 
-  killed, after, counts, reasons = clock.run(main(), horizon=60.0)
+  killed, attempts, after, counts, reasons = clock.run(main(), horizon=60.0)
   assert killed == [[0, 1, 2]] * 4 and after == [3, 4, 5]
+  later = attempts[3:]  # each greater than all of this life and of the two before it
+  assert attempts[:3] == [0, 0, 0] and sorted(set(later)) == later and later[0] > 2 << 32
   assert counts["errored"] == 3 and counts["in_flight"] == 3
   assert reasons == {"errored/worker lost": 3}
 
