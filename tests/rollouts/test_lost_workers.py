@@ -59,6 +59,8 @@ def test_what_a_lost_worker_held_is_made_again_before_its_group_is_trained(tmp_p
       await doomed.close()
 
     await asyncio.gather(machine.run(), world.trainer(), lose_it())
+    await asyncio.sleep(0.1)
+    assert not whole._worker._finished  # what is batched or let go of is not kept
     await whole.close()
     return world
 
