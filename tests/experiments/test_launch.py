@@ -100,7 +100,7 @@ def test_a_slurm_job_starts_a_trainer_on_every_node(tmp_path):
   """The job's script with `srun` and `scontrol` that only say how they were called."""
   script = (LAUNCH / "slurm" / "run.sbatch").read_text()
   said = """
-srun() { printf -v words ' %q' "$@"; printf 'srun%s\\n' "$words"; }  # a line at once: some run beside
+srun() { printf -v words ' %q' "$@"; printf 'srun%s\\n' "$words"; }  # at once: some run beside
 scontrol() { printf 'gpu1\\ngpu2\\ngpu3\\n'; }
 trap() { :; }
 wait() { builtin wait; }  # for all: these steps are over at once
